@@ -1,0 +1,153 @@
+"""Stage 4: a model at work. Each step feeds in the newest token, draws the next one from the scores, and goes on from there.
+
+    python sample.py                                       stream text from the newest model under out/
+    python sample.py --model DIR --prompt "def " -n 4 --temperature 0.8 --top-p 0.9
+"""
+
+import argparse
+import codecs
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from model import KVCache, Transformer
+from tokenizer import Tokenizer
+
+OUT = Path(__file__).resolve().parent / "out"
+
+
+def filter_top_p(logits, top_p):
+    """Keep the most likely tokens that together reach probability top_p; the rest gets -inf (Holtzman et al., 2020).
+
+    logits (B, V), already divided by the temperature.
+    """
+    values, order = logits.sort(dim=-1, descending=True)
+    probabilities = values.softmax(dim=-1)
+    above = probabilities.cumsum(dim=-1) - probabilities  # what the tokens before this one have in sum
+    return logits.scatter(-1, order, values.masked_fill(above >= top_p, float("-inf")))
+
+
+def choose(logits, temperature, top_p, generator):
+    """Draw one id per row of logits (B, V); temperature 0 takes the most likely one."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_p < 1:
+        logits = filter_top_p(logits, top_p)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+@torch.inference_mode()
+def generate(model, prompts, max_new_tokens=64, temperature=0.8, top_p=0.9, stop_ids=(), seed=0, vocab_size=None):
+    """Continue prompts, a list of non-empty lists of ids of any lengths; yield at each step one new id per row.
+
+    A row that has drawn one of stop_ids, which is not yielded, has ended: None from then on. vocab_size: ids from here on are
+    never drawn. A row that outgrows the context goes on from the last half of it. Raises ValueError for unusable settings.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature {temperature} is negative: 0 is greedy, 1 the model's own distribution")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top-p {top_p} is outside (0, 1]")
+    if not prompts or not all(prompts):
+        raise ValueError("a prompt needs at least one token")
+    device = model.frequencies.device
+    dtype = model.model.norm.weight.dtype
+    generator = torch.Generator(device).manual_seed(seed)
+    context = model.config.block_size
+    rows = [list(prompt[-context:]) for prompt in prompts]
+    ended = [False] * len(rows)
+    cache = None
+    for _ in range(max_new_tokens):
+        if cache is None or cache.span == cache.max_len:
+            if cache is not None:
+                rows = [row[-(context // 2) :] for row in rows]
+            lengths = [len(row) for row in rows]
+            longest = max(lengths)
+            ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+            room = min(max(context, longest), longest + max_new_tokens)
+            cache = KVCache(model.config, len(rows), room, device, dtype)
+            x = model.hidden(ids, cache)  # (B, longest, C)
+            cache.truncate(lengths)
+            x = x[torch.arange(len(rows)), [n - 1 for n in lengths]]  # at each row's last token
+        else:
+            x = model.hidden(torch.tensor([row[-1:] for row in rows], device=device), cache)[:, -1]
+        logits = model.head(x)  # (B, V)
+        drawn = choose(logits[:, :vocab_size], temperature, top_p, generator).tolist()
+        for row, new in zip(rows, drawn):
+            row.append(new)
+        ended = [end or new in stop_ids for end, new in zip(ended, drawn)]
+        if all(ended):
+            return
+        yield [None if end else new for end, new in zip(ended, drawn)]
+
+
+def newest_model():
+    """The folder under out/ whose model was saved last."""
+    found = sorted(OUT.glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError("there is no model under out/ yet: run `python train.py`, or name a folder with --model")
+    return found[-1].parent
+
+
+def load(folder, device="cpu"):
+    """Open a folder's model and tokenizer."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    model = Transformer.load(folder, device=device)
+    if not (folder / "tokenizer.json").exists():
+        raise ValueError(f"{folder} has no tokenizer.json")
+    return model, Tokenizer.load(folder / "tokenizer.json")
+
+
+def stream(model, tokenizer, prompt, **settings):
+    """Yield the continuation of a text piece by piece, never half a character. An empty prompt starts a new document."""
+    end = tokenizer.special_tokens.get("<|endoftext|>")
+    ids = tokenizer.encode(prompt) or [end]
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for (new,) in generate(
+        model, [ids], stop_ids=tokenizer.special_tokens.values(), vocab_size=tokenizer.vocab_size, **settings
+    ):
+        if new is not None:
+            yield decoder.decode(tokenizer.decode_bytes([new]))
+    yield decoder.decode(b"", final=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Stream text from a model.")
+    parser.add_argument("--model", metavar="DIR", help="model folder (the newest under out/)")
+    parser.add_argument("--prompt", default="", help="text to continue (none: start a new document)")
+    parser.add_argument("-n", type=int, default=1, help="number of samples (1)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="length of a sample (256)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (0.8)")
+    parser.add_argument("--top-p", type=float, default=0.9, help="draw from the likeliest tokens that reach this (0.9)")
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds draw equal samples (0)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
+    args = parser.parse_args()
+    folder = Path(args.model) if args.model else newest_model()
+    model, tokenizer = load(folder, args.device)
+    print(f"{folder}: {model.config.num_params():,} parameters", file=sys.stderr)
+    for i in range(args.n):
+        start, pieces = time.time(), 0
+        print(args.prompt, end="", flush=True)
+        for piece in stream(
+            model, tokenizer, args.prompt, max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature, top_p=args.top_p, seed=args.seed + i,
+        ):  # fmt: skip
+            pieces += 1
+            print(piece, end="", flush=True)
+        print()
+        print(f"{pieces / (time.time() - start):.0f} tokens/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,42 @@
+"""What the tests share: tiny real components, and the benchmark text where its path is known."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import Config, Transformer
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = "the cat sat on the mat and the dog sat on the cat; naïve café 12345 — 日本語\n"
+
+
+@pytest.fixture(scope="session")
+def shakespeare():
+    """Path of Tiny Shakespeare, which the variable TINY_SHAKESPEARE names."""
+    path = os.environ.get("TINY_SHAKESPEARE")
+    if not path:
+        pytest.skip("TINY_SHAKESPEARE does not name the text")
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Tokenizer.train([WORDS * 3], vocab_size=320)
+
+
+@pytest.fixture
+def tiny_config():
+    return Config(vocab_size=320, block_size=32, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=64)
+
+
+@pytest.fixture
+def model(tiny_config):
+    """A tiny model whose every weight is drawn, so that no test passes because an output projection is zero."""
+    torch.manual_seed(0)
+    model = Transformer(tiny_config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.1)
+    return model.eval()

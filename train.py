@@ -1,0 +1,441 @@
+"""Stage 3: pretraining. Show the model text, measure how surprised it is, and change its weights to be less so.
+
+    loss = -mean log p(next token | tokens before)        weights <- weights - lr * f(gradient of loss)
+
+    python train.py                                     prepare the default data if missing, train 3 minutes, save, show a sample
+    python train.py --data NAME --preset small --minutes 30
+    python train.py --steps 2000 --seed 1               a fixed number of steps: the same digits every time
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.prepare import DATA, SOURCES, prepare
+from model import PRESETS, Config, Transformer
+from sample import OUT, stream
+from tokenizer import Tokenizer
+
+N_EVALS = 10  # in a run
+EVAL_TOKENS = 2**14  # in each but the last, which takes all that is held out
+
+# --- data ---
+
+
+class Tokens:
+    """The token ids of one split on disk, one file or several, read as one array."""
+
+    def __init__(self, folder, split, dtype):
+        single = Path(folder) / f"{split}.bin"
+        paths = [single] if single.exists() else sorted(Path(folder).glob(f"{split}_*.bin"))
+        if not paths or any(path.stat().st_size % np.dtype(dtype).itemsize for path in paths):
+            raise ValueError(f"{single} is missing or cut off: prepare the data again")
+        self.parts = [np.memmap(path, dtype=dtype, mode="r") for path in paths]
+        self.starts = np.cumsum([0] + [len(part) for part in self.parts])
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def read(self, start, count):
+        """Ids start ... start + count, as an int64 array."""
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        pieces = []
+        for part, offset in zip(self.parts[first:], self.starts[first:]):
+            pieces.append(part[max(0, start - offset) : start + count - offset])
+            if start + count <= offset + len(part):
+                break
+        return np.concatenate(pieces).astype(np.int64)
+
+
+def permute(i, n, key):
+    """The i-th element of a pseudo-random permutation of range(n), computed, not stored.
+
+    A Feistel network maps numbers of 2b bits one to one, whatever its round function; a result beyond n is mapped again.
+    """
+    b = max(1, ((n - 1).bit_length() + 1) // 2)
+    low = (1 << b) - 1
+    while True:
+        left, right = i >> b, i & low
+        for k in range(4):
+            mixed = (right + key + k) * 0x9E3779B97F4A7C15
+            mixed = ((mixed >> 29) ^ mixed) * 0xBF58476D1CE4E5B9
+            left, right = right, left ^ (mixed >> 32) & low
+        i = left << b | right
+        if i < n:
+            return i
+
+
+class Blocks:
+    """The order of training: blocks of T + 1 tokens, every epoch all of them, shuffled anew and cut at another phase.
+
+    A position in it is one integer, the number of blocks read so far.
+    """
+
+    def __init__(self, tokens, block_size, seed):
+        self.tokens, self.block_size, self.seed = tokens, block_size, seed
+        self.per_epoch = len(tokens) // block_size - 1
+        if self.per_epoch < 1:
+            raise ValueError(
+                f"{len(tokens):,} tokens for training are too few for blocks of {block_size}: "
+                "take more text or a smaller --block-size"
+            )
+
+    def batch(self, position, count):
+        """`count` blocks from `position` on: ids and targets, each (count, T)."""
+        T, rows = self.block_size, []
+        for p in range(position, position + count):
+            epoch, i = divmod(p, self.per_epoch)
+            phase = permute(epoch % T, T, self.seed)
+            start = phase + T * permute(i, self.per_epoch, self.seed + 1000003 * epoch)
+            rows.append(self.tokens.read(start, T + 1))
+        both = torch.from_numpy(np.stack(rows))
+        return both[:, :-1], both[:, 1:]
+
+
+# --- learning ---
+
+
+def learning_rate(step, run):
+    """The share of the full rate at a step: linear warm-up, constant, then linearly to zero over the last 60 %."""
+    return min(1, (step + 1) / run.warmup, (run.steps - step) / (0.6 * run.steps))
+
+
+def make_optimizers(model, lr, weight_decay):
+    """Muon for the matrices inside the blocks (Jordan et al., 2024), AdamW for embeddings, head, norms and biases.
+
+    Muon replaces the momentum of a matrix by the nearest orthogonal matrix, so that every direction learns at the same pace.
+    """
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    inside = set(matrices)
+    others = [p for p in model.parameters() if p not in inside]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay),
+        torch.optim.AdamW(others, lr=lr / 10, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]  # which the schedule multiplies
+    return optimizers
+
+
+@torch.no_grad()
+def bits_per_byte(model, tokens, bytes_per_token, n_blocks=None, batch_size=32, context=nullcontext):
+    """Nats of the predicted tokens / ln 2 / bytes that they stand for, over n_blocks evenly spaced blocks (None: over all)."""
+    T = model.config.block_size
+    total = (len(tokens) - 2) // T + 1  # the last one may be short
+    chosen = np.unique(np.linspace(0, total - 1, min(n_blocks or total, total)).astype(int))
+    nats = n_bytes = 0
+    was_training = model.training
+    model.eval()
+    for i in range(0, len(chosen), batch_size):
+        ids = np.full((len(chosen[i : i + batch_size]), T + 1), -100)
+        for row, block in zip(ids, chosen[i : i + batch_size]):
+            block = tokens.read(block * T, T + 1)
+            row[: len(block)] = block
+        targets = ids[:, 1:]
+        n_bytes += bytes_per_token[targets[targets >= 0]].sum()
+        device = model.frequencies.device
+        with context():
+            x, y = torch.from_numpy(ids[:, :-1].clip(0)).to(device), torch.from_numpy(targets).to(device)
+            nats += model.loss(x, y, reduction="sum").item()
+    model.train(was_training)
+    return nats / math.log(2) / n_bytes
+
+
+# --- what is not given is derived, and printed with its reason ---
+
+
+@dataclass
+class Run:
+    """All that decides the numbers of a run, besides data, hardware and versions."""
+
+    preset: str
+    seed: int
+    steps: int
+    block_size: int
+    batch_size: int  # blocks per step
+    lr: float  # of Muon; AdamW takes a tenth
+    weight_decay: float
+    warmup: int
+    dropout: float
+    dtype: str
+    eval_every: int  # in steps
+    log_every: int
+
+
+def default_dtype(device):
+    """The dtype in which matrices are multiplied fastest, with the reason. Weights and sums stay in float32."""
+    if device == "cuda":
+        return "bfloat16", "this GPU has units for it"
+    if device == "cpu":
+        try:
+            flags = Path("/proc/cpuinfo").read_text()
+        except OSError:
+            flags = ""
+        if "avx512_bf16" in flags or "amx_bf16" in flags:
+            return "bfloat16", "this processor has units for it"
+    return "float32", "this device has no units for less"
+
+
+def find_data(name):
+    """The folder of prepared data; a known corpus is prepared now if it is missing."""
+    folder = DATA / name
+    if not (folder / "meta.json").exists():
+        if name not in SOURCES:
+            ready = sorted(path.parent.name for path in DATA.glob("*/meta.json"))
+            raise ValueError(
+                f"no data named {name!r}: prepared are {', '.join(ready) or 'none'}, known are {', '.join(SOURCES)}; "
+                f"prepare your own with `python data/prepare.py PATH --name {name}`"
+            )
+        prepare([name])
+    return folder
+
+
+def load_data(folder):
+    """Open prepared data: (tokenizer, training tokens, validation tokens). Raises ValueError if it is damaged."""
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    if tokenizer.fingerprint != meta["tokenizer"]:
+        raise ValueError(f"{folder}/tokenizer.json is not the tokenizer that made the data: prepare it again")
+    splits = [Tokens(folder, split, meta["dtype"]) for split in ("train", "val")]
+    for split, tokens in zip(("train", "val"), splits):
+        n = meta["tokens"][split]
+        if len(tokens) != n:
+            raise ValueError(f"{folder}/{split}.bin holds {len(tokens):,} tokens, not {n:,}: prepare it again")
+    return tokenizer, *splits
+
+
+def move_aside(folder):
+    """Never overwrite: rename an existing folder to the first free NAME.1, NAME.2 ..., aloud."""
+    if folder.exists():
+        k = 1
+        while (aside := folder.with_name(f"{folder.name}.{k}")).exists():
+            k += 1
+        folder.rename(aside)
+        print(f"{folder} existed and is now {aside}")
+
+
+def save_model(model, tokenizer, folder):
+    """Save under another name, then put the files in place one by one: what stands in `folder` always opens."""
+    unfinished = folder / "unfinished"
+    try:
+        model.save(unfinished, tokenizer)
+        for path in sorted(unfinished.iterdir()):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+# --- the run ---
+
+
+def precision(run, device):
+    """The context in which the model computes: matrix products in run.dtype."""
+    if run.dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device, getattr(torch, run.dtype))
+
+
+def build(run, vocab_size, device):
+    """A fresh model and its optimizers, the same for the same run."""
+    torch.manual_seed(run.seed)
+    config = Config(vocab_size, run.block_size, dropout=run.dropout, **PRESETS[run.preset])
+    model = Transformer(config).to(device)
+    return model, make_optimizers(model, run.lr, run.weight_decay)
+
+
+def training_step(model, optimizers, ids, targets, share, run):
+    """One update with `share` of the learning rates. Returns loss and gradient norm, on the device."""
+    device = model.frequencies.device
+    with precision(run, device.type):
+        loss = model.loss(ids.to(device), targets.to(device))
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["initial_lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.detach(), norm
+
+
+def measure_speed(run, vocab_size, blocks, device):
+    """Seconds that a step takes: the median of throwaway steps on a throwaway model."""
+    model, optimizers = build(run, vocab_size, device)
+    seconds = []
+    for i in range(13):
+        start = time.perf_counter()
+        loss, _ = training_step(model, optimizers, *blocks.batch(i * run.batch_size, run.batch_size), 0.1, run)
+        loss.item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds[3:])[5]
+
+
+def catch_signals():
+    """Let SIGINT and SIGTERM ask for a stop after the step at hand; a second one stops at once. Returns a function: asked?"""
+    asked = []
+
+    def note(number, frame):
+        asked.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return lambda: bool(asked)
+
+
+def train(run, tokenizer, train_tokens, val_tokens, out, device):
+    """The training loop; writes the model and log.csv to `out`. Returns the model, its bpb and whether it was stopped early."""
+    model, optimizers = build(run, tokenizer.vocab_size, device)
+    blocks = Blocks(train_tokens, run.block_size, run.seed)
+    bytes_per_token, context = tokenizer.bytes_per_token, precision(run, device)
+    stop_asked = catch_signals()
+    save_model(model, tokenizer, out)
+    print(f"\n{'step':>7} {'loss':>7} {'val bpb':>8} {'lr':>7} {'tokens/s':>9} {'left':>6}", flush=True)
+    with open(out / "log.csv", "w", newline="", encoding="utf-8") as file:
+        log = csv.writer(file)
+        log.writerow("step tokens seconds train_loss val_bpb lr grad_norm tokens_per_second".split())
+        loss_sum, start, logged = 0.0, time.perf_counter(), 0
+        for step in range(1, run.steps + 1):
+            share = learning_rate(step - 1, run)
+            batch = blocks.batch((step - 1) * run.batch_size, run.batch_size)
+            loss, norm = training_step(model, optimizers, *batch, share, run)
+            loss_sum += loss
+            last = step == run.steps or stop_asked()
+            if not last and step % run.log_every:
+                continue
+            mean_loss = (loss_sum / (step - logged)).item()  # of all steps since the last line
+            if not math.isfinite(mean_loss):
+                raise ValueError(f"the loss is {mean_loss} at step {step}: try a lower --lr; {out} holds the last good model")
+            bpb = None
+            if last or step % run.eval_every == 0:
+                n_blocks = None if last else EVAL_TOKENS // run.block_size
+                bpb = bits_per_byte(model, val_tokens, bytes_per_token, n_blocks, context)
+                save_model(model, tokenizer, out)
+            seconds = time.perf_counter() - start
+            tokens = step * run.batch_size * run.block_size
+            left = seconds / step * (run.steps - step)
+            log.writerow([step, tokens, f"{seconds:.2f}", f"{mean_loss:.4f}", f"{bpb:.4f}" if bpb else "",
+                          f"{share * run.lr:.6f}", f"{norm.item():.4f}", f"{tokens / seconds:.0f}"])  # fmt: skip
+            file.flush()
+            live = f"{step:7,} {mean_loss:7.4f} {f'{bpb:8.4f}' if bpb else '':8} {share * run.lr:7.4f}"
+            live += f" {tokens / seconds:9,.0f} {int(left // 60):3}:{int(left % 60):02}"
+            if bpb:
+                print(f"\r{live}", flush=True)
+            elif sys.stdout.isatty():
+                print(f"\r{live}", end="", flush=True)
+            loss_sum, logged = 0.0, step
+            if last:
+                return model, bpb, step < run.steps
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Train a model on prepared data.")
+    task = parser.add_argument_group("what to train")
+    task.add_argument("--data", default="pystdlib", metavar="NAME", help="folder under data/ (pystdlib)")
+    task.add_argument("--out", metavar="DIR", help="where the model goes (out/NAME)")
+    task.add_argument("--preset", choices=PRESETS, help="size of the model (nano on a CPU, small on a GPU)")
+    task.add_argument("--seed", type=int, default=0, help="equal seeds draw equal weights and data order (0)")
+    budget = parser.add_argument_group("how long").add_mutually_exclusive_group()
+    budget.add_argument("--minutes", type=float, default=3, help="steps and evaluations take this long (3)")
+    budget.add_argument("--steps", type=int, help="a fixed number of steps")
+    details = parser.add_argument_group("details, chosen for you where you leave them out")
+    details.add_argument("--block-size", type=int, help="tokens that the model sees at once")
+    details.add_argument("--batch-size", type=int, help="blocks per step")
+    details.add_argument("--lr", type=float, help="learning rate of Muon; AdamW takes a tenth")
+    details.add_argument("--dropout", type=float, help="share of each branch's output that is left out in training")
+    details.add_argument("--dtype", choices=("float32", "bfloat16"), help="in which matrices are multiplied")
+    details.add_argument("--eval-every", type=int, help="steps between evaluations")
+    details.add_argument("--device", help="cpu, cuda or mps")
+    args = parser.parse_args()
+    for name in ("minutes", "steps", "block_size", "batch_size", "lr", "eval_every"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
+    if args.dropout is not None and not 0 <= args.dropout < 1:
+        raise ValueError(f"--dropout {args.dropout} must be at least 0 and below 1")
+    return args
+
+
+def plan(args, tokenizer, train_tokens, n_val, device):
+    """Derive what the arguments leave open, and print it with the reasons. Returns the Run."""
+    on_cpu = device == "cpu"
+    dtype, why_dtype = (args.dtype, "as asked") if args.dtype else default_dtype(device)
+    run = Run(
+        preset=args.preset or ("nano" if on_cpu else "small"),
+        seed=args.seed,
+        steps=args.steps or 1,
+        block_size=args.block_size or (64 if on_cpu else 1024),
+        batch_size=args.batch_size or (32 if on_cpu else 128),
+        lr=args.lr or 0.03,
+        weight_decay=0.1,
+        warmup=1,
+        dropout=args.dropout or 0.0,
+        dtype=dtype,
+        eval_every=1,
+        log_every=1,
+    )
+    shape = Config(tokenizer.vocab_size, run.block_size, **PRESETS[run.preset])
+    print(f"model     {run.preset}, {shape.num_params():,} parameters: {shape.n_layer} layers of width {shape.n_embd}")
+    print(f"device    {device}, {torch.get_num_threads()} threads; matrix products in {dtype}: {why_dtype}")
+    per_step = run.batch_size * run.block_size
+    if not args.steps:
+        blocks = Blocks(train_tokens, run.block_size, run.seed)
+        step = measure_speed(run, tokenizer.vocab_size, blocks, device)
+        seconds = 60 * args.minutes
+        # A forward pass is a third of a step; evaluations may take half of the time at most.
+        evaluations = (N_EVALS * EVAL_TOKENS + n_val) * step / (3 * per_step)
+        run.steps = max(1, int((seconds - min(evaluations, seconds / 2)) / step))
+        print(f"steps     {run.steps:,}: one takes {1000 * step:.0f} ms here, and there are {args.minutes:g} minutes")
+    epochs = run.steps * per_step / len(train_tokens)
+    print(f"batch     {run.batch_size} blocks of {run.block_size} tokens; {epochs:.1f} epochs over {len(train_tokens):,} tokens")
+    if args.dropout is None:
+        run.dropout = 0.1 if epochs > 5 else 0.0
+        why = "text that is seen more often than 5 times is learned by heart" if run.dropout else "no text is seen often"
+        print(f"dropout   {run.dropout:g}: {why}")
+    run.warmup = max(1, min(50, run.steps // 5))
+    run.eval_every = args.eval_every or max(1, run.steps // N_EVALS)
+    run.log_every = max(1, run.eval_every // 10)
+    print(f"rates     Muon {run.lr:g}, AdamW {run.lr / 10:g}; {run.warmup} steps of warm-up, linear to 0 over the last 60 %")
+    print(f"start     a loss of ln {tokenizer.vocab_size} = {math.log(tokenizer.vocab_size):.2f} is an even guess")
+    return run
+
+
+def main():
+    args = parse_arguments()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = find_data(args.data)
+    tokenizer, train_tokens, val_tokens = load_data(folder)
+    out = Path(args.out) if args.out else OUT / args.data
+    print(f"data      {args.data}: {len(train_tokens):,} tokens for training, {len(val_tokens):,} held out")
+    run = plan(args, tokenizer, train_tokens, len(val_tokens), device)
+    move_aside(out)
+    model, bpb, stopped = train(run, tokenizer, train_tokens, val_tokens, out, device)
+    print(f"\n{'stopped: ' if stopped else ''}validation {bpb:.4f} bits per byte; the model is in {out}/\n")
+    if stopped:
+        sys.exit(130)
+    print("A sample:\n")
+    for piece in stream(model.eval(), tokenizer, "", max_new_tokens=150):
+        print(piece, end="", flush=True)
+    print(f"\n\nnext: python sample.py --model {out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
