@@ -1,10 +1,12 @@
 """Stage 2: the Transformer. Token ids in, one row of scores ("logits") per position out.
 
-    ids -> embed_tokens -> n_layer x [ x + attention(norm(x)), then x + mlp(norm(x)) ] -> norm -> lm_head -> logits
+    ids -> embed_tokens -> n_layer x [x += attention(norm(x)); x += mlp(norm(x))] -> norm -> lm_head -> logits
 
-This is the Llama architecture (Touvron et al., 2023), and its parameters have the names that Hugging Face's LlamaForCausalLM
-gives them: a saved folder opens in transformers and vLLM as it is, and their Llama, Mistral, SmolLM, Qwen2 and Qwen3 folders open
-here. `python model.py DIR` says what a folder holds.
+This is the Llama architecture (Touvron et al., 2023), and its parameters have the names that Hugging Face's
+LlamaForCausalLM gives them: a saved folder opens in transformers and vLLM as it is, and their Llama, Mistral,
+SmolLM, Qwen2 and Qwen3 folders open here.
+
+    python model.py DIR        say what a folder holds
 """
 
 import argparse
@@ -25,7 +27,7 @@ import torch.nn.functional as F
 
 @dataclass
 class Config:
-    """The shape of a model; with the vocabulary it decides every tensor. Heads must divide evenly into groups of n_kv_head."""
+    """The shape of a model: it decides every tensor. Impossible shapes raise a ValueError."""
 
     vocab_size: int
     block_size: int = 256  # the longest sequence that training shows the model, in tokens
@@ -62,10 +64,11 @@ class Config:
         return self.n_layer * block + C + self.vocab_size * C * (1 if self.tie_embeddings else 2)
 
 
-# Shapes without a vocabulary. Deeper rather than wider while heads stay at 32 to 64 channels; the MLP is about 8/3 as wide as the
-# stream, so that its three matrices cost what the two of a 4x MLP do (Shazeer, 2020), rounded to what matrix units like.
+# Shapes without a vocabulary. Heads of 64 channels; the MLP is about 8/3 as wide as the stream, so that its
+# three matrices cost what the two of a 4x MLP do (Shazeer, 2020), rounded to what matrix units like. small,
+# medium and large have the depth and width of GPT-2's.
 PRESETS = {
-    "nano": dict(n_layer=4, n_head=6, n_kv_head=3, n_embd=192, n_hidden=512),
+    "nano": dict(n_layer=4, n_head=3, n_kv_head=3, n_embd=192, n_hidden=512),
     "micro": dict(n_layer=8, n_head=6, n_kv_head=3, n_embd=384, n_hidden=1024),
     "small": dict(n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_hidden=2048),
     "medium": dict(n_layer=24, n_head=16, n_kv_head=8, n_embd=1024, n_hidden=2816),
@@ -74,23 +77,25 @@ PRESETS = {
 
 
 def rope_frequencies(config, device=None):
-    """Angle per position of each of the head_dim/2 rotating pairs: theta^(-2i/D) (Su et al., 2021, sec. 3.2.2)."""
+    """Angle per position of the D/2 rotating pairs, theta^(-2i/D) (Su et al., 2021, sec. 3.2.2), float32."""
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
     frequencies = config.rope_theta ** (-pairs / config.head_dim)
-    if config.rope_scaling:  # Llama 3.1: slow rotations are slowed by `factor`, fast ones kept, those between blended
-        s = config.rope_scaling
-        turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the first training's context
-        keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
-        keep = keep.clamp(0, 1)
-        frequencies = keep * frequencies + (1 - keep) * frequencies / s["factor"]
+    if scaling := config.rope_scaling:
+        # Llama 3.1 stretches the context: pairs that turn slowly within the first training's context are
+        # slowed down by `factor`, fast ones are kept, those between are blended.
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (keep + (1 - keep) / scaling["factor"])
     return frequencies
 
 
 def apply_rope(x, cos, sin):
     """Rotate each pair (i, i + D/2) of x by the angle of its position.
 
-    x (B, H, T, D); cos, sin (T, D/2) or (B, 1, T, D/2). After it, q at position m and k at position n meet in a dot product
-    that depends on m - n alone (Su et al., 2021, eq. 16). Half-split layout, as in Hugging Face's Llama.
+    x (B, H, T, D); cos, sin (T, D/2) or (B, 1, T, D/2). After it, q at position m and k at position n meet in
+    a dot product that depends on m - n alone (Su et al., 2021, eq. 16). Half-split layout, as in Hugging
+    Face's Llama.
     """
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
@@ -108,8 +113,19 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def causal_attention(q, k, v):
+    """Each position attends to itself and those before. q (B, H, T, D); k, v (B, K, T, D); K divides H."""
+    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):  # on a CPU, flash attention is far slower in bfloat16
+            return causal_attention(q.float(), k.float(), v.float())
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
 class Attention(nn.Module):
-    """Grouped-query self-attention: softmax(q k^T / sqrt(D)) v, each position seeing itself and what came before."""
+    """Grouped-query attention: softmax(q k^T / sqrt(D)) v over the positions up to and with its own.
+
+    n_head query heads share n_kv_head heads of keys and values (Ainslie et al., 2023).
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -131,14 +147,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache(k, v)  # (B, K, S, D): with all that was there before
         if mask is None:
-            # Under autocast a CPU stays in float32 here: its flash kernel is several times slower in bfloat16.
-            on_cpu = q.device.type == "cpu"
-            with torch.autocast(q.device.type, enabled=not on_cpu and torch.is_autocast_enabled("cuda")):
-                v = v.to(q.dtype)
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            y = causal_attention(q, k, v)
         else:
-            # The query heads of a group become further query positions of their one key/value head: with `enable_gqa` and a
-            # mask, CUDA would fall back to the slow math kernel.
+            # The query heads of a group become further query positions of their one key/value head: with
+            # `enable_gqa` and a mask, CUDA would fall back to the slow math kernel.
             K = k.size(1)
             q = q.reshape(B, K, -1, self.head_dim)  # (B, K, G*T, D)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, q.size(2) // T, 1))
@@ -160,7 +172,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. Each sublayer reads a normalised copy of the stream and adds to the stream itself ("pre-norm")."""
+    """One layer: each sublayer reads a normalised copy of the stream and adds its result to the stream."""
 
     def __init__(self, config):
         super().__init__()
@@ -176,10 +188,10 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """The keys and values of what was read so far, so that the next token costs one position and not all of them.
+    """The keys and values of all that was read so far, so that a new token costs one position, not all.
 
-    Allocated once; every row has its own length. To prefill prompts of different lengths, pad them on the right, then
-    `truncate(lengths)`: what is written next overwrites the padding.
+    Allocated once; every row has its own length. To prefill prompts of different lengths, pad them on the
+    right, then `truncate(lengths)`: what is written next overwrites the padding.
     """
 
     def __init__(self, config, batch_size, max_len, device=None, dtype=None):
@@ -196,17 +208,18 @@ class KVCache:
         return self.k.nbytes + self.v.nbytes
 
     def begin(self, T):
-        """Positions of the next T tokens of each row, and which positions each may see (None: causal among themselves)."""
+        """Positions of the next T tokens of each row, and which positions each may see (None: causal)."""
         if self.span + T > self.max_len:
             raise ValueError(f"the cache has room for {self.max_len} tokens, not for {self.span} + {T}")
         new = torch.arange(T, device=self.lengths.device)
         if self.span == 0:
             return new, None
         positions = self.lengths[:, None, None] + new  # (B, 1, T)
-        return positions, torch.arange(self.span + T, device=new.device) <= positions[..., None]  # (B, 1, T, S)
+        everything = torch.arange(self.span + T, device=new.device)
+        return positions, everything <= positions[..., None]  # (B, 1, T, S)
 
     def append(self, layer, positions, k, v):
-        """Keep k and v (B, K, T, D) of a layer at `positions`; returns all of its keys and values, (B, K, S, D)."""
+        """Keep a layer's k, v (B, K, T, D) of new positions; returns all that it has now, (B, K, S, D)."""
         T = k.size(2)
         if self.span == 0:
             self.k[layer, :, :, :T], self.v[layer, :, :, :T] = k, v
@@ -238,29 +251,32 @@ LOGITS_AT_A_TIME = {"cpu": 2**19}  # what fits into a processor's cache; other d
 
 
 class HeadLoss(torch.autograd.Function):
-    """Sum of the cross-entropies of x (N, C) @ weight.T against targets (N,), in nats; targets of -100 are left out.
+    """The sum of the cross-entropies of x (N, C) @ weight.T against targets (N,), in nats; -100 is left out.
 
-    All logits in float32, with their gradients, can outweigh the rest of a training step. Here they exist for a few rows at a
-    time: the gradient of a row's loss is known as soon as its logits are, softmax(logits) - onehot(target), so it is carried to
-    x and weight at once and the logits are dropped.
+    All logits in float32, with their gradients, can outweigh the rest of a training step. Here they exist for
+    a few rows at a time: the gradient of a row's loss is known as soon as its logits are, softmax(logits) -
+    onehot(target), so it is carried on to x and weight at once and the logits are dropped.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets):
         total = torch.zeros((), device=x.device)
-        dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
+        training = any(ctx.needs_input_grad)
+        if training:
+            dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
         rows = max(1, LOGITS_AT_A_TIME.get(x.device.type, 2**24) // len(weight))
         for i in range(0, len(x), rows):
-            target = targets[i : i + rows, None]
-            kept = target != -100
-            log_p = F.log_softmax(F.linear(x[i : i + rows], weight), dim=-1, dtype=torch.float32)
-            target = target.clamp(min=0)
+            piece, target = x[i : i + rows], targets[i : i + rows, None]
+            kept, target = target != -100, target.clamp(min=0)
+            log_p = F.log_softmax(F.linear(piece, weight), dim=-1, dtype=torch.float32)
             total -= (log_p.gather(1, target) * kept).sum()
-            gradient = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=log_p.dtype))
-            gradient = (gradient * kept).to(x.dtype)
-            dx[i : i + rows] = gradient @ weight
-            dweight += gradient.T @ x[i : i + rows]
-        ctx.save_for_backward(dx, dweight)
+            if training:
+                gradient = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
+                gradient = (gradient * kept).to(x.dtype)
+                dx[i : i + rows] = gradient @ weight
+                dweight += gradient.T @ piece
+        if training:
+            ctx.save_for_backward(dx, dweight)
         return total
 
     @staticmethod
@@ -275,13 +291,10 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.model = nn.ModuleDict(
-            dict(
-                embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
-                layers=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                norm=RMSNorm(config.n_embd, config.norm_eps),
-            )
-        )
+        self.model = nn.ModuleDict()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.model.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.model.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -290,11 +303,12 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Draw fresh weights, so that training starts as an even guess over the vocabulary, a loss of ln V.
+        """Draw fresh weights that start as an even guess over the vocabulary, a loss of ln V.
 
-        The matrices that write into the stream (o_proj, down_proj) start at zero: every block is the identity at first, at any
-        depth. The stream is then the bare embedding, and with a tied head a token scores *itself* sqrt(n_embd) * std_embd *
-        sqrt(n_embd) after the norm: std 1/n_embd keeps that at 1, where the usual 0.02 would bet on repetition.
+        The matrices that write into the stream (o_proj, down_proj) start at zero: every block is the identity
+        at first, at any depth. The stream is then the bare embedding, brought to length sqrt(n_embd) by the
+        norm, and with a tied head a token scores *itself* n_embd * std: a std of 1/n_embd keeps that at 1,
+        where the usual 0.02 would bet on repetition.
         """
         for name, p in self.named_parameters():
             if name.endswith("bias") or "o_proj" in name or "down_proj" in name:
@@ -330,114 +344,100 @@ class Transformer(nn.Module):
         return self.head(self.hidden(ids, cache))
 
     def loss(self, ids, targets, reduction="mean"):
-        """Cross-entropy in nats of targets (B, T) given ids (B, T); targets of -100 are left out. reduction: "mean" or "sum"."""
+        """Cross-entropy in nats, "mean" or "sum", of targets (B, T) given ids (B, T); -100 is left out."""
         x, targets = self.hidden(ids).flatten(0, 1), targets.flatten()
         total = HeadLoss.apply(x, self.lm_head.weight, targets)
         return total / (targets != -100).sum() if reduction == "mean" else total
 
     def save(self, folder, tokenizer=None):
-        """Write config.json, model.safetensors, generation_config.json and, with a tokenizer, its files."""
+        """Write config.json, generation_config.json, model.safetensors and, with a tokenizer, its files."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        specials = tokenizer.special_tokens if tokenizer else {}
+        ends = [specials[name] for name in ("<|endoftext|>", "<|im_end|>") if name in specials]
+        generation = {"bos_token_id": ends[0], "pad_token_id": ends[0], "eos_token_id": ends} if ends else {}
+        settings = config_to_json(self.config) | generation
+        (folder / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2), encoding="utf-8")
+        if tokenizer:
+            tokenizer.save_pretrained(folder)
         weights = self.state_dict()
         if self.config.tie_embeddings:
             del weights["lm_head.weight"]
-        settings = config_to_json(self.config)
-        generation = {}
-        if tokenizer is not None:
-            specials = tokenizer.special_tokens
-            ends = [specials[name] for name in ("<|endoftext|>", "<|im_end|>") if name in specials]
-            generation = {"eos_token_id": ends, "bos_token_id": ends[0], "pad_token_id": ends[0]} if ends else {}
-            settings |= generation
-            tokenizer.save_pretrained(folder)
         save_safetensors(folder / "model.safetensors", weights)
-        (folder / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2), encoding="utf-8")
 
     @classmethod
     def load(cls, folder, device="cpu", dtype=None):
         """Open a model folder, ours or Hugging Face's. dtype: None keeps what the files hold.
 
-        Raises ValueError, naming what is wrong, for a folder that is no such model or whose settings this code doesn't know.
+        Raises ValueError, naming what is wrong, for a folder that is no such model or whose settings this
+        code doesn't know.
         """
         folder = Path(folder)
         if not (folder / "config.json").exists():
             raise ValueError(f"{folder} is no model folder: it has no config.json")
         config = config_from_json(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        weights = {}
-        index = folder / "model.safetensors.index.json"
         names = ["model.safetensors"]
-        if index.exists():
+        if (index := folder / "model.safetensors.index.json").exists():  # large models come in several files
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weights = {}
         for name in names:
             weights |= load_safetensors(folder / name)
-        if config.tie_embeddings:
-            weights["lm_head.weight"] = weights.get("model.embed_tokens.weight")
-        with torch.device("meta"):  # the shapes, without memory
+        if config.tie_embeddings and "model.embed_tokens.weight" in weights:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        with torch.device("meta"):  # shapes without memory
             model = cls(config)
-        expected = model.state_dict()
-        problems = [f"{name} is missing" for name in expected if weights.get(name) is None]
-        problems += [f"{name} is not part of this model" for name in weights if name not in expected]
-        problems += [
-            f"{name} has shape {tuple(w.shape)}, expected {tuple(expected[name].shape)}"
-            for name, w in weights.items()
-            if name in expected and w is not None and w.shape != expected[name].shape
-        ]
-        if problems:
-            raise ValueError(f"the weights in {folder} don't fit its config.json: {'; '.join(problems)}")
-        model.load_state_dict({name: w.to(device, dtype) for name, w in weights.items()}, assign=True)
+        try:
+            model.load_state_dict({name: w.to(device, dtype) for name, w in weights.items()}, assign=True)
+        except RuntimeError as mismatch:  # it lists all that is missing, unexpected or of another shape
+            raise ValueError(
+                f"{folder} does not fit its config.json: {' '.join(str(mismatch).split())}"
+            ) from None
         if config.tie_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         model.frequencies = rope_frequencies(config, device)
-        return model.eval().requires_grad_(True)
+        return model.eval().requires_grad_()
 
 
-# --- files: config.json in Hugging Face's words, and the safetensors format (8 bytes of header length, JSON, raw bytes) ---
+# --- files: config.json in Hugging Face's words; safetensors: 8 bytes of header length, JSON, raw bytes ---
 
-# our field -> theirs, where they are the same number
-JSON_NAMES = {
-    "vocab_size": "vocab_size",
-    "block_size": "max_position_embeddings",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_kv_head": "num_key_value_heads",
-    "n_embd": "hidden_size",
-    "n_hidden": "intermediate_size",
-    "head_dim": "head_dim",
-    "rope_theta": "rope_theta",
-    "rope_scaling": "rope_scaling",
-    "norm_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-}
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-ARCHITECTURES |= {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# our fields and theirs, where they hold the same value
+JSON_NAMES = dict(
+    vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
+    n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size",
+    n_hidden="intermediate_size", head_dim="head_dim", norm_eps="rms_norm_eps",
+    rope_theta="rope_theta", rope_scaling="rope_scaling", tie_embeddings="tie_word_embeddings",
+)  # fmt: skip
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def config_to_json(config):
-    """The dict that config.json holds, with the spellings that transformers 4 and 5 both read."""
+    """What config.json holds, in the spellings that transformers 4 and 5 both read."""
     kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
-    settings = {"model_type": kind, "architectures": [ARCHITECTURES[kind]], "hidden_act": "silu", "dtype": "float32"}
-    return settings | {theirs: getattr(config, ours) for ours, theirs in JSON_NAMES.items()}
+    fixed = {"model_type": kind, "architectures": [f"{kind.capitalize()}ForCausalLM"]}
+    fixed |= {"hidden_act": "silu", "dtype": "float32"}
+    return fixed | {theirs: getattr(config, ours) for ours, theirs in JSON_NAMES.items()}
 
 
 def config_from_json(settings):
-    """Read the dict of a config.json. Raises ValueError for whatever would change the arithmetic and is unknown here."""
+    """Read what config.json holds. Whatever would change the arithmetic and is unknown here: ValueError."""
     kind = settings.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise ValueError(f"model_type {kind!r} is not one of {', '.join(ARCHITECTURES)}")
-    if settings.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {settings['hidden_act']!r} is not supported, only 'silu'")
-    if settings.get("use_sliding_window", kind == "mistral") and settings.get("sliding_window"):
-        raise ValueError(f"sliding_window {settings['sliding_window']} is not supported")
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "llama3"):
-        raise ValueError(f"rope_type {rope_type!r} is not supported, only 'default' and 'llama3'")
-    if settings.get("attention_bias") and kind != "qwen2":
-        raise ValueError("attention_bias is not supported: it puts a bias on o_proj too")
-    values = {ours: settings[theirs] for ours, theirs in JSON_NAMES.items() if settings.get(theirs) is not None}
-    values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
+    sliding = settings.get("use_sliding_window", kind == "mistral") and settings.get("sliding_window")
+    for field, value, supported in (
+        ("model_type", kind, MODEL_TYPES),
+        ("hidden_act", settings.get("hidden_act", "silu"), ("silu",)),
+        ("sliding_window", sliding, (None, False)),
+        ("rope_type", rope_type, ("default", "llama3")),
+        ("attention_bias", settings.get("attention_bias", False), (False, kind == "qwen2")),
+    ):
+        if value not in supported:
+            raise ValueError(f"{field} {value!r} in config.json is not supported, only {supported}")
+    values = {ours: settings[theirs] for ours, theirs in JSON_NAMES.items() if theirs in settings}
+    values["rope_theta"] = rope.get("rope_theta") or values.get("rope_theta") or 10000.0
     values["rope_scaling"] = rope if rope_type == "llama3" else None
+    values["head_dim"] = values.get("head_dim") or 0
     values.setdefault("n_kv_head", values["n_head"])
     values.setdefault("tie_embeddings", False)  # what transformers takes for granted
     return Config(**values, qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3")
@@ -477,7 +477,8 @@ def load_safetensors(path):
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         dtype = DTYPES[entry["dtype"]]
-        flat = torch.frombuffer(data, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=8 + length + begin)
+        count = (end - begin) // dtype.itemsize
+        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + length + begin)
         tensors[name] = flat.view(entry["shape"])
     return tensors
 

@@ -1,7 +1,8 @@
-"""Stage 4: a model at work. Each step feeds in the newest token, draws the next one from the scores, and goes on from there.
+"""Stage 4: a model at work. Each step feeds in the newest token, draws the next one from the scores, and goes
+on from there.
 
-    python sample.py                                       stream text from the newest model under out/
-    python sample.py --model DIR --prompt "def " -n 4 --temperature 0.8 --top-p 0.9
+python sample.py                                       stream text from the newest model under out/
+python sample.py --model DIR --prompt "def " -n 4 --temperature 0.8 --top-p 0.9
 """
 
 import argparse
@@ -19,7 +20,8 @@ OUT = Path(__file__).resolve().parent / "out"
 
 
 def filter_top_p(logits, top_p):
-    """Keep the most likely tokens that together reach probability top_p; the rest gets -inf (Holtzman et al., 2020).
+    """Keep the most likely tokens that together reach probability top_p; the rest gets -inf (Holtzman et al.,
+    2020).
 
     logits (B, V), already divided by the temperature.
     """
@@ -40,14 +42,20 @@ def choose(logits, temperature, top_p, generator):
 
 
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens=64, temperature=0.8, top_p=0.9, stop_ids=(), seed=0, vocab_size=None):
-    """Continue prompts, a list of non-empty lists of ids of any lengths; yield at each step one new id per row.
+def generate(
+    model, prompts, max_new_tokens=64, temperature=0.8, top_p=0.9, stop_ids=(), seed=0, vocab_size=None
+):
+    """Continue prompts, a list of non-empty lists of ids of any lengths; yield at each step one new id per
+    row.
 
-    A row that has drawn one of stop_ids, which is not yielded, has ended: None from then on. vocab_size: ids from here on are
-    never drawn. A row that outgrows the context goes on from the last half of it. Raises ValueError for unusable settings.
+    A row that has drawn one of stop_ids, which is not yielded, has ended: None from then on. vocab_size: ids
+    from here on are never drawn. A row that outgrows the context goes on from the last half of it. Raises
+    ValueError for unusable settings.
     """
     if temperature < 0:
-        raise ValueError(f"temperature {temperature} is negative: 0 is greedy, 1 the model's own distribution")
+        raise ValueError(
+            f"temperature {temperature} is negative: 0 is greedy, 1 the model's own distribution"
+        )
     if not 0 < top_p <= 1:
         raise ValueError(f"top-p {top_p} is outside (0, 1]")
     if not prompts or not all(prompts):
@@ -87,7 +95,9 @@ def newest_model():
     """The folder under out/ whose model was saved last."""
     found = sorted(OUT.glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise ValueError("there is no model under out/ yet: run `python train.py`, or name a folder with --model")
+        raise ValueError(
+            "there is no model under out/ yet: run `python train.py`, or name a folder with --model"
+        )
     return found[-1].parent
 
 
@@ -103,7 +113,9 @@ def load(folder, device="cpu"):
 
 
 def stream(model, tokenizer, prompt, **settings):
-    """Yield the continuation of a text piece by piece, never half a character. An empty prompt starts a new document."""
+    """Yield the continuation of a text piece by piece, never half a character. An empty prompt starts a new
+    document.
+    """
     end = tokenizer.special_tokens.get("<|endoftext|>")
     ids = tokenizer.encode(prompt) or [end]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -122,9 +134,13 @@ def main():
     parser.add_argument("-n", type=int, default=1, help="number of samples (1)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="length of a sample (256)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (0.8)")
-    parser.add_argument("--top-p", type=float, default=0.9, help="draw from the likeliest tokens that reach this (0.9)")
+    parser.add_argument(
+        "--top-p", type=float, default=0.9, help="draw from the likeliest tokens that reach this (0.9)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="equal seeds draw equal samples (0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps"
+    )
     args = parser.parse_args()
     folder = Path(args.model) if args.model else newest_model()
     model, tokenizer = load(folder, args.device)

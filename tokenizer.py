@@ -1,12 +1,13 @@
 """Stage 1: the tokenizer. Text in, token ids out, and back.
 
-A model reads a fixed list of tokens. Byte-level byte-pair encoding (Sennrich et al., 2016; Radford et al., 2019) learns that list
-from text: start from the 256 bytes, and again and again make the most frequent pair of neighbours one new token.
+A model reads a fixed list of tokens. Byte-level byte-pair encoding (Sennrich et al., 2016; Radford et al.,
+2019) learns that list from text: start from the 256 bytes, and again and again make the most frequent pair of
+neighbours one new token.
 
     "the then" -> t h e _ t h e n -> (th) e _ (th) e n -> (the) _ (the) n
 
-Learning is written out below. Applying what was learned is left to tiktoken, a fast library, and the file is a Hugging Face
-`tokenizer.json`, which the whole ecosystem opens.
+Learning is written out below. Applying what was learned is left to tiktoken, a fast library, and the file is
+a Hugging Face `tokenizer.json`, which the whole ecosystem opens.
 
     python tokenizer.py train PATH... --vocab-size 8192 --out tokenizer.json
     python tokenizer.py show tokenizer.json "text"
@@ -21,7 +22,7 @@ import re
 import sys
 import time
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from heapq import heapify, heappop, heappush
 from operator import add
@@ -31,22 +32,27 @@ import numpy as np
 import regex
 import tiktoken
 
-# No merge crosses the border of a chunk, so that "dog", "dog." and "dog!" share their token. A chunk is, in order: an English
-# contraction, a word with the one blank or sign before it, up to three digits, signs, the blanks up to a line's end, other blanks.
+# No merge crosses the border of a chunk, so that "dog", "dog." and "dog!" share their token. A chunk is, in
+# this order: an English contraction, a word with the one blank or sign before it, up to three digits, signs,
+# blanks up to a line's end, other blanks.
 GPT4_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 # How a conversation becomes text (ChatML), in the language that transformers and vLLM read.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def read_parts(path, size=2**22):
-    """Yield a file's bytes in parts of about `size`, cut where no chunk is cut: before a line that starts with no blank.
+    """Yield a file's bytes in parts of about `size`, cut where no chunk is cut: before a line that starts
+    with no blank.
 
     Where there is no such line for long, the cut is made before any character.
     """
@@ -65,7 +71,9 @@ def read_parts(path, size=2**22):
 
 
 def map_ahead(executor, function, items, ahead):
-    """Yield function(item) in order, computed up to `ahead` items before they are asked for: memory stays bounded."""
+    """Yield function(item) in order, computed up to `ahead` items before they are asked for: memory stays
+    bounded.
+    """
     waiting = deque()
     for item in items:
         waiting.append(executor.submit(function, item))
@@ -85,12 +93,15 @@ def unicode_ranges(character_class):
 def compile_splitter(pattern):
     """Return a function that cuts a text into chunks, a list of str.
 
-    The standard library's `re` is about twice as fast as `regex`, but knows no \\p{L}: such classes are written out for it as
-    ranges of characters below U+10000. A text with characters beyond, or a pattern that `re` can't say, is left to `regex`.
+    The standard library's `re` is about twice as fast as `regex`, but knows no \\p{L}: such classes are
+    written out for it as ranges of characters below U+10000. A text with characters beyond, or a pattern that
+    `re` can't say, is left to `regex`.
     """
     exact = regex.compile(pattern)
     if exact.groups:
-        raise ValueError(f"the split pattern has a capturing group: write (?:...) instead of (...): {pattern}")
+        raise ValueError(
+            f"the split pattern has a capturing group: write (?:...) instead of (...): {pattern}"
+        )
     pieces, inside = [], False  # inside a [...]
     for piece in re.findall(r"\\[pP]\{\w+\}|\\.|[\[\]]|[^\\\[\]]+", pattern):
         if piece in ("[", "]"):
@@ -110,36 +121,51 @@ def compile_splitter(pattern):
     return lambda text: fast(text) if text.isascii() or not beyond(text) else exact.findall(text)
 
 
+def batches_of(items, size, length=len):
+    """Group items into lists whose lengths add up to about `size`."""
+    batch, total = [], 0
+    for item in items:
+        batch.append(item)
+        total += length(item)
+        if total >= size:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
+
+
 def count_chunks(texts, pattern):
     """How often each chunk occurs in a list of texts, as a Counter."""
     split = compile_splitter(pattern)
     counts = Counter()
     for text in texts:
+        if not text.isascii():  # lone surrogates, which UTF-8 can't write, become U+FFFD
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         counts.update(split(text))
     return counts
 
 
-def batches_of(documents, size=2**22):
-    """Group documents into lists of about `size` characters; lone surrogates, which UTF-8 can't write, become U+FFFD."""
-    batch, length = [], 0
-    for text in documents:
-        if not text.isascii():
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        batch.append(text)
-        length += len(text)
-        if length >= size:
-            yield batch
-            batch, length = [], 0
-    if batch:
-        yield batch
+def count_all_chunks(documents, pattern, processes):
+    """How often each chunk occurs in an iterable of str, which is read once."""
+    count = partial(count_chunks, pattern=pattern)
+    batches = batches_of(documents, 2**22)
+    chunks = Counter()
+    if processes == 1:
+        for counts in map(count, batches):
+            chunks.update(counts)
+    else:
+        with ProcessPoolExecutor(processes) as pool:
+            for counts in map_ahead(pool, count, batches, ahead=2 * processes):
+                chunks.update(counts)
+    return chunks
 
 
 def learn_merges(chunks, n_merges):
     """Learn up to n_merges merges from {chunk: count}; return them in order as pairs of ids.
 
-    The most frequent pair wins, ties go to the smallest (left id, right id). A chunk is kept as a str *whose code points are
-    token ids*: a pair is then a str of two characters, a merge is `str.split` and `str.join`, and the order of strings is the
-    rule for ties. Only what a merge changes is counted again.
+    The most frequent pair wins, ties go to the smallest (left id, right id). A chunk is kept as a str *whose
+    code points are token ids*: a pair is then a str of two characters, a merge is `str.split` and `str.join`,
+    and the order of strings is the rule for ties. Only what a merge changes is counted again.
     """
     words = [chunk.encode().decode("latin-1") for chunk in chunks]  # one character a byte
     counts = list(chunks.values())
@@ -189,14 +215,18 @@ def learn_merges(chunks, n_merges):
 
 
 def byte_symbols():
-    """GPT-2's printable stand-in for each byte, in which tokenizer.json spells its tokens: a list of 256 characters."""
+    """GPT-2's printable stand-in for each byte, in which tokenizer.json spells its tokens: a list of 256
+    characters.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
 
 
 class Tokenizer:
-    """A vocabulary at work. Ids: the 256 bytes in byte order, the merges in the order learned, then the special tokens."""
+    """A vocabulary at work. Ids: the 256 bytes in byte order, the merges in the order learned, then the
+    special tokens.
+    """
 
     def __init__(self, merges, pattern=GPT4_PATTERN, special_tokens=SPECIAL_TOKENS):
         self.merges = [tuple(pair) for pair in merges]
@@ -234,39 +264,39 @@ class Tokenizer:
 
     @classmethod
     def train(
-        cls, documents, vocab_size, pattern=GPT4_PATTERN, special_tokens=SPECIAL_TOKENS, processes=1, log=lambda line: None
+        cls,
+        documents,
+        vocab_size,
+        pattern=GPT4_PATTERN,
+        special_tokens=SPECIAL_TOKENS,
+        processes=1,
+        log=lambda line: None,
     ):
         """Learn a vocabulary from an iterable of str, read once. `log` is given a line now and then.
 
-        When the text runs out of pairs, the vocabulary comes out smaller than asked for. Raises ValueError for a vocab_size that
-        can't hold the bytes and the special tokens, and for documents without text.
+        When the text runs out of pairs, the vocabulary comes out smaller than asked for. Raises ValueError
+        for a vocab_size that can't hold the bytes and the special tokens, and for documents without text.
         """
-        n_merges = vocab_size - 256 - len(special_tokens)
-        if n_merges < 0:
-            least = 256 + len(special_tokens)
-            raise ValueError(f"a vocabulary of {vocab_size} can't hold the 256 bytes and the special tokens: take {least} or more")
+        least = 256 + len(special_tokens)
+        if vocab_size < least:
+            raise ValueError(
+                f"a vocabulary of {vocab_size} can't hold the bytes and the special tokens: take {least}"
+            )
         collecting = gc.isenabled()
         gc.disable()  # millions of small objects, none of them in cycles
         try:
-            chunks = Counter()
-            if processes == 1:
-                for batch in batches_of(documents):
-                    chunks += count_chunks(batch, pattern)
-            else:
-                with ProcessPoolExecutor(processes) as pool:
-                    jobs = map_ahead(pool, partial(count_chunks, pattern=pattern), batches_of(documents), 2 * processes)
-                    for counts in jobs:
-                        chunks.update(counts)
+            chunks = count_all_chunks(documents, pattern, processes)
             if not chunks:
                 raise ValueError("there is no text to learn a vocabulary from")
             log(f"{sum(chunks.values()):,} chunks, {len(chunks):,} different")
-            merges = learn_merges(chunks, n_merges)
+            merges = learn_merges(chunks, vocab_size - least)
         finally:
             if collecting:
                 gc.enable()
-        if len(merges) < n_merges:
-            log(f"the text has no more pairs: the vocabulary has {vocab_size - n_merges + len(merges)} tokens, not {vocab_size}")
-        return cls(merges, pattern, special_tokens)
+        tokenizer = cls(merges, pattern, special_tokens)
+        if tokenizer.vocab_size < vocab_size:
+            log(f"the text has no more pairs: {tokenizer.vocab_size} tokens, not {vocab_size}")
+        return tokenizer
 
     def encode(self, text):
         """Text -> list of ids. Always as ordinary text: no id of a special token ever comes out."""
@@ -281,7 +311,7 @@ class Tokenizer:
         return self._encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode_bytes(self, ids):
-        """Ids -> the bytes that they stand for; special tokens as their names. Raises ValueError for an id out of range."""
+        """Ids -> the bytes that they stand for; special tokens as their names. An unknown id: ValueError."""
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise ValueError(f"id {i} is outside the vocabulary of {self.vocab_size} tokens")
@@ -295,49 +325,42 @@ class Tokenizer:
         """Write a Hugging Face tokenizer.json."""
         symbols = byte_symbols()
         names = ["".join(symbols[byte] for byte in token) for token in self.tokens]
-        added = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-        byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
         split = dict(type="Split", pattern={"Regex": self.pattern}, behavior="Isolated", invert=False)
-        model = dict(
-            type="BPE",
-            dropout=None,
-            unk_token=None,
-            continuing_subword_prefix=None,
-            end_of_word_suffix=None,
-            fuse_unk=False,
-            byte_fallback=False,
-            ignore_merges=False,
-            vocab={name: i for i, name in enumerate(names)},
-            merges=[[names[left], names[right]] for left, right in self.merges],
-        )
-        document = dict(
-            version="1.0",
-            truncation=None,
-            padding=None,
-            added_tokens=[dict(id=i, content=text, **added) for text, i in self.special_tokens.items()],
-            normalizer=None,
-            pre_tokenizer=dict(type="Sequence", pretokenizers=[split, byte_level]),
-            post_processor=None,
-            decoder=byte_level,
-            model=model,
-        )
+        byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+        document = {
+            "version": "1.0",
+            "added_tokens": [dict(id=i, content=text, **flags) for text, i in self.special_tokens.items()],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "post_processor": None,
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "ignore_merges": False,
+                "vocab": {name: i for i, name in enumerate(names)},
+                "merges": [[names[left], names[right]] for left, right in self.merges],
+            },
+        }
         Path(path).write_text(json.dumps(document, ensure_ascii=False, indent=1), encoding="utf-8")
 
     def save_pretrained(self, folder):
-        """Write tokenizer.json and tokenizer_config.json, from which transformers' AutoTokenizer makes the same tokenizer."""
+        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens."""
         self.save(Path(folder) / "tokenizer.json")
-        names = dict(zip(("eos_token",), self.special_tokens))
-        settings = dict(
-            tokenizer_class="PreTrainedTokenizerFast",
-            clean_up_tokenization_spaces=False,
-            chat_template=CHAT_TEMPLATE,
-            **names,
-        )
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        }
+        if self.special_tokens:
+            settings["eos_token"] = next(iter(self.special_tokens))
         Path(folder, "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
     @classmethod
     def load(cls, path):
-        """Read a tokenizer.json. Raises ValueError, naming the field, for a kind that this class doesn't represent."""
+        """Read a tokenizer.json. Raises ValueError, naming the field, for a kind that this class doesn't
+        represent.
+        """
         try:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
             model, added = document["model"], document["added_tokens"]
@@ -347,15 +370,16 @@ class Tokenizer:
             raise ValueError(f"{path} is not a byte-level BPE tokenizer.json: {damage!r}") from None
         if kind != "BPE":
             raise ValueError(f"{path} holds a {kind} model: only byte-level BPE can be read")
-        merges = [(vocab[left], vocab[right]) for left, right in (m if isinstance(m, list) else m.split(" ") for m in merges)]
-        tokenizer = cls(merges, pattern, [token["content"] for token in added])
-        bytes_of = {symbol: bytes([byte]) for byte, symbol in enumerate(byte_symbols())}
-        for name, i in vocab.items():
-            if i >= len(tokenizer.tokens) or tokenizer.tokens[i] != b"".join(bytes_of.get(c, b"") for c in name):
-                raise ValueError(f"{path} numbers its tokens in another order than bytes, merges: token {name!r} is {i}")
-        for token in added:
-            if tokenizer.special_tokens[token["content"]] != token["id"]:
-                raise ValueError(f"{path} gives the special token {token['content']!r} the id {token['id']}, not the next one")
+        pairs = (merge if isinstance(merge, list) else merge.split(" ") for merge in merges)
+        tokenizer = cls(
+            [(vocab[a], vocab[b]) for a, b in pairs], pattern, [token["content"] for token in added]
+        )
+        symbols = byte_symbols()
+        names = {"".join(symbols[byte] for byte in token): i for i, token in enumerate(tokenizer.tokens)}
+        if vocab != names or any(
+            tokenizer.special_tokens[token["content"]] != token["id"] for token in added
+        ):
+            raise ValueError(f"{path} numbers its tokens in another order than bytes, merges, special tokens")
         return tokenizer
 
 
@@ -364,8 +388,12 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="learn a vocabulary from text files")
     train.add_argument("paths", nargs="+", metavar="PATH", help="text files, UTF-8")
-    train.add_argument("--vocab-size", type=int, default=8192, help="tokens in all: bytes, merges, special tokens (8192)")
-    train.add_argument("--pattern", default=GPT4_PATTERN, help="regular expression that cuts text into chunks (GPT-4's)")
+    train.add_argument(
+        "--vocab-size", type=int, default=8192, help="tokens in all: bytes, merges, special tokens (8192)"
+    )
+    train.add_argument(
+        "--pattern", default=GPT4_PATTERN, help="regular expression that cuts text into chunks (GPT-4's)"
+    )
     train.add_argument("--out", default="tokenizer.json", help="the file to write (tokenizer.json)")
     show = commands.add_parser("show", help="see the pieces of a text")
     show.add_argument("file", help="a tokenizer.json")

@@ -1,10 +1,11 @@
-"""Stage 3: pretraining. Show the model text, measure how surprised it is, and change its weights to be less so.
+"""Stage 3: pretraining. Show the model text, measure how surprised it is, and change its weights to be less
+so.
 
-    loss = -mean log p(next token | tokens before)        weights <- weights - lr * f(gradient of loss)
+loss = -mean log p(next token | tokens before)        weights <- weights - lr * f(gradient of loss)
 
-    python train.py                                     prepare the default data if missing, train 3 minutes, save, show a sample
-    python train.py --data NAME --preset small --minutes 30
-    python train.py --steps 2000 --seed 1               a fixed number of steps: the same digits every time
+python train.py                                     prepare the default data if missing, train 3 minutes,
+save, show a sample python train.py --data NAME --preset small --minutes 30
+python train.py --steps 2000 --seed 1               a fixed number of steps: the same digits every time
 """
 
 import argparse
@@ -17,7 +18,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,8 @@ class Tokens:
 def permute(i, n, key):
     """The i-th element of a pseudo-random permutation of range(n), computed, not stored.
 
-    A Feistel network maps numbers of 2b bits one to one, whatever its round function; a result beyond n is mapped again.
+    A Feistel network maps numbers of 2b bits one to one, whatever its round function; a result beyond n is
+    mapped again.
     """
     b = max(1, ((n - 1).bit_length() + 1) // 2)
     low = (1 << b) - 1
@@ -78,7 +80,8 @@ def permute(i, n, key):
 
 
 class Blocks:
-    """The order of training: blocks of T + 1 tokens, every epoch all of them, shuffled anew and cut at another phase.
+    """The order of training: blocks of T + 1 tokens, every epoch all of them, shuffled anew and cut at
+    another phase.
 
     A position in it is one integer, the number of blocks read so far.
     """
@@ -108,21 +111,27 @@ class Blocks:
 
 
 def learning_rate(step, run):
-    """The share of the full rate at a step: linear warm-up, constant, then linearly to zero over the last 60 %."""
+    """The share of the full rate at a step: linear warm-up, constant, then linearly to zero over the last 60
+    %.
+    """
     return min(1, (step + 1) / run.warmup, (run.steps - step) / (0.6 * run.steps))
 
 
 def make_optimizers(model, lr, weight_decay):
-    """Muon for the matrices inside the blocks (Jordan et al., 2024), AdamW for embeddings, head, norms and biases.
+    """Muon for the matrices inside the blocks (Jordan et al., 2024), AdamW for embeddings, head, norms and
+    biases.
 
-    Muon replaces the momentum of a matrix by the nearest orthogonal matrix, so that every direction learns at the same pace.
+    Muon replaces the momentum of a matrix by the nearest orthogonal matrix, so that every direction learns at
+    the same pace.
     """
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     inside = set(matrices)
-    others = [p for p in model.parameters() if p not in inside]
+    tables = [p for p in model.parameters() if p.ndim == 2 and p not in inside]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": tables}, {"params": vectors, "weight_decay": 0.0}]
     optimizers = [
         torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay),
-        torch.optim.AdamW(others, lr=lr / 10, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        torch.optim.AdamW(groups, lr=lr / 10, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True),
     ]
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["initial_lr"] = group["lr"]  # which the schedule multiplies
@@ -131,7 +140,9 @@ def make_optimizers(model, lr, weight_decay):
 
 @torch.no_grad()
 def bits_per_byte(model, tokens, bytes_per_token, n_blocks=None, batch_size=32, context=nullcontext):
-    """Nats of the predicted tokens / ln 2 / bytes that they stand for, over n_blocks evenly spaced blocks (None: over all)."""
+    """Nats of the predicted tokens / ln 2 / bytes that they stand for, over n_blocks evenly spaced blocks
+    (None: over all).
+    """
     T = model.config.block_size
     total = (len(tokens) - 2) // T + 1  # the last one may be short
     chosen = np.unique(np.linspace(0, total - 1, min(n_blocks or total, total)).astype(int))
@@ -175,7 +186,9 @@ class Run:
 
 
 def default_dtype(device):
-    """The dtype in which matrices are multiplied fastest, with the reason. Weights and sums stay in float32."""
+    """The dtype in which matrices are multiplied fastest, with the reason. Weights and sums stay in
+    float32.
+    """
     if device == "cuda":
         return "bfloat16", "this GPU has units for it"
     if device == "cpu":
@@ -193,17 +206,19 @@ def find_data(name):
     folder = DATA / name
     if not (folder / "meta.json").exists():
         if name not in SOURCES:
-            ready = sorted(path.parent.name for path in DATA.glob("*/meta.json"))
+            ready = ", ".join(sorted(path.parent.name for path in DATA.glob("*/meta.json"))) or "none"
             raise ValueError(
-                f"no data named {name!r}: prepared are {', '.join(ready) or 'none'}, known are {', '.join(SOURCES)}; "
-                f"prepare your own with `python data/prepare.py PATH --name {name}`"
+                f"no data named {name!r}: prepared are {ready}, known are {', '.join(SOURCES)}; "
+                f"your own: `python data/prepare.py PATH --name {name}`"
             )
         prepare([name])
     return folder
 
 
 def load_data(folder):
-    """Open prepared data: (tokenizer, training tokens, validation tokens). Raises ValueError if it is damaged."""
+    """Open prepared data: (tokenizer, training tokens, validation tokens). Raises ValueError if it is
+    damaged.
+    """
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if tokenizer.fingerprint != meta["tokenizer"]:
@@ -212,7 +227,9 @@ def load_data(folder):
     for split, tokens in zip(("train", "val"), splits):
         n = meta["tokens"][split]
         if len(tokens) != n:
-            raise ValueError(f"{folder}/{split}.bin holds {len(tokens):,} tokens, not {n:,}: prepare it again")
+            raise ValueError(
+                f"{folder}/{split}.bin holds {len(tokens):,} tokens, not {n:,}: prepare it again"
+            )
     return tokenizer, *splits
 
 
@@ -227,7 +244,9 @@ def move_aside(folder):
 
 
 def save_model(model, tokenizer, folder):
-    """Save under another name, then put the files in place one by one: what stands in `folder` always opens."""
+    """Save under another name, then put the files in place one by one: what stands in `folder` always
+    opens.
+    """
     unfinished = folder / "unfinished"
     try:
         model.save(unfinished, tokenizer)
@@ -276,14 +295,18 @@ def measure_speed(run, vocab_size, blocks, device):
     seconds = []
     for i in range(13):
         start = time.perf_counter()
-        loss, _ = training_step(model, optimizers, *blocks.batch(i * run.batch_size, run.batch_size), 0.1, run)
+        ids, targets = blocks.batch(i * run.batch_size, run.batch_size)
+        loss, _ = training_step(model, optimizers, ids, targets, 0.1, run)
         loss.item()  # waits for the device
         seconds.append(time.perf_counter() - start)
     return sorted(seconds[3:])[5]
 
 
 def catch_signals():
-    """Let SIGINT and SIGTERM ask for a stop after the step at hand; a second one stops at once. Returns a function: asked?"""
+    """Let SIGINT and SIGTERM ask for a stop after the step at hand, and a second one stop at once.
+
+    Returns a function that says whether it was asked.
+    """
     asked = []
 
     def note(number, frame):
@@ -295,71 +318,145 @@ def catch_signals():
     return lambda: bool(asked)
 
 
+class Log:
+    """The lines of a run: all of them in log.csv, those with an evaluation on the screen too."""
+
+    COLUMNS = {  # name: format
+        "step": "d", "tokens": "d", "seconds": ".2f", "train_loss": ".4f", "val_bpb": ".4f",
+        "lr": ".6f", "grad_norm": ".4f", "tokens_per_second": ".0f",
+    }  # fmt: skip
+
+    def __init__(self, path, steps):
+        self.steps = steps
+        self.file = open(path, "w", newline="", encoding="utf-8")
+        self.rows = csv.writer(self.file)
+        self.rows.writerow(self.COLUMNS)
+        print(f"\n{'step':>8} {'loss':>8} {'val bpb':>8} {'lr':>8} {'tokens/s':>9} {'left':>6}", flush=True)
+
+    def write(self, **row):
+        """Add a line; val_bpb may be None."""
+        values = [
+            format(row[name], kind) if row[name] is not None else "" for name, kind in self.COLUMNS.items()
+        ]
+        self.rows.writerow(values)
+        self.file.flush()
+        bpb = f"{row['val_bpb']:8.4f}" if row["val_bpb"] is not None else " " * 8
+        left = row["seconds"] / row["step"] * (self.steps - row["step"])
+        line = f"{row['step']:8,} {row['train_loss']:8.4f} {bpb} {row['lr']:8.5f} "
+        line += f"{row['tokens_per_second']:9,.0f} {left // 60:3.0f}:{left % 60:02.0f}"
+        if row["val_bpb"] is not None:
+            print(f"\r{line}", flush=True)
+        elif sys.stdout.isatty():
+            print(f"\r{line}", end="", flush=True)
+
+
 def train(run, tokenizer, train_tokens, val_tokens, out, device):
-    """The training loop; writes the model and log.csv to `out`. Returns the model, its bpb and whether it was stopped early."""
+    """The training loop. Leaves the model and log.csv in `out`; returns (model, bits per byte, last step)."""
     model, optimizers = build(run, tokenizer.vocab_size, device)
     blocks = Blocks(train_tokens, run.block_size, run.seed)
-    bytes_per_token, context = tokenizer.bytes_per_token, precision(run, device)
-    stop_asked = catch_signals()
+    context, bytes_per_token = precision(run, device), tokenizer.bytes_per_token
     save_model(model, tokenizer, out)
-    print(f"\n{'step':>7} {'loss':>7} {'val bpb':>8} {'lr':>7} {'tokens/s':>9} {'left':>6}", flush=True)
-    with open(out / "log.csv", "w", newline="", encoding="utf-8") as file:
-        log = csv.writer(file)
-        log.writerow("step tokens seconds train_loss val_bpb lr grad_norm tokens_per_second".split())
-        loss_sum, start, logged = 0.0, time.perf_counter(), 0
-        for step in range(1, run.steps + 1):
-            share = learning_rate(step - 1, run)
-            batch = blocks.batch((step - 1) * run.batch_size, run.batch_size)
-            loss, norm = training_step(model, optimizers, *batch, share, run)
-            loss_sum += loss
-            last = step == run.steps or stop_asked()
-            if not last and step % run.log_every:
-                continue
-            mean_loss = (loss_sum / (step - logged)).item()  # of all steps since the last line
-            if not math.isfinite(mean_loss):
-                raise ValueError(f"the loss is {mean_loss} at step {step}: try a lower --lr; {out} holds the last good model")
-            bpb = None
-            if last or step % run.eval_every == 0:
-                n_blocks = None if last else EVAL_TOKENS // run.block_size
-                bpb = bits_per_byte(model, val_tokens, bytes_per_token, n_blocks, context)
-                save_model(model, tokenizer, out)
-            seconds = time.perf_counter() - start
-            tokens = step * run.batch_size * run.block_size
-            left = seconds / step * (run.steps - step)
-            log.writerow([step, tokens, f"{seconds:.2f}", f"{mean_loss:.4f}", f"{bpb:.4f}" if bpb else "",
-                          f"{share * run.lr:.6f}", f"{norm.item():.4f}", f"{tokens / seconds:.0f}"])  # fmt: skip
-            file.flush()
-            live = f"{step:7,} {mean_loss:7.4f} {f'{bpb:8.4f}' if bpb else '':8} {share * run.lr:7.4f}"
-            live += f" {tokens / seconds:9,.0f} {int(left // 60):3}:{int(left % 60):02}"
-            if bpb:
-                print(f"\r{live}", flush=True)
-            elif sys.stdout.isatty():
-                print(f"\r{live}", end="", flush=True)
-            loss_sum, logged = 0.0, step
-            if last:
-                return model, bpb, step < run.steps
+    log, stop_asked = Log(out / "log.csv", run.steps), catch_signals()
+    loss_sum, logged, start = 0.0, 0, time.perf_counter()
+    for step in range(1, run.steps + 1):
+        ids, targets = blocks.batch((step - 1) * run.batch_size, run.batch_size)
+        share = learning_rate(step - 1, run)
+        loss, norm = training_step(model, optimizers, ids, targets, share, run)
+        loss_sum += loss  # on the device: the host does not wait for every step
+        last = step == run.steps or stop_asked()
+        if not last and step % run.log_every:
+            continue
+        mean_loss = float(loss_sum) / (step - logged)  # over all steps since the last line
+        if not math.isfinite(mean_loss):
+            raise ValueError(
+                f"the loss is {mean_loss} at step {step}: try a lower --lr. {out} is from before"
+            )
+        bpb = None
+        if last or step % run.eval_every == 0:
+            n_blocks = None if last else EVAL_TOKENS // run.block_size
+            bpb = bits_per_byte(model, val_tokens, bytes_per_token, n_blocks, context)
+            save_model(model, tokenizer, out)
+        seconds, tokens = time.perf_counter() - start, step * ids.numel()
+        log.write(
+            step=step, tokens=tokens, seconds=seconds, train_loss=mean_loss, val_bpb=bpb,
+            lr=share * run.lr, grad_norm=norm.item(), tokens_per_second=tokens / seconds,
+        )  # fmt: skip
+        loss_sum, logged = 0.0, step
+        if last:
+            return model, bpb, step
+
+
+def plan(args, tokenizer, train_tokens, n_val, device):
+    """Derive what the arguments leave open, and print it with the reasons. Returns the Run."""
+
+    def say(name, text):
+        print(f"{name:10}{text}", flush=True)
+
+    on_cpu = device == "cpu"
+    dtype, why = (args.dtype, "as asked") if args.dtype else default_dtype(device)
+    run = Run(
+        preset=args.preset or ("nano" if on_cpu else "small"),
+        seed=args.seed,
+        steps=args.steps,
+        block_size=args.block_size or (64 if on_cpu else 1024),
+        batch_size=args.batch_size or (32 if on_cpu else 128),
+        lr=args.lr or 0.03,
+        weight_decay=0.1,
+        warmup=1,
+        dropout=args.dropout or 0.0,
+        dtype=dtype,
+        eval_every=args.eval_every,
+        log_every=1,
+    )
+    blocks = Blocks(train_tokens, run.block_size, run.seed)
+    shape = Config(tokenizer.vocab_size, run.block_size, **PRESETS[run.preset])
+    say("model", f"{run.preset}: {shape.num_params():,} parameters, {shape.n_layer} layers of {shape.n_embd}")
+    say("device", f"{device}, {torch.get_num_threads()} threads; matrix products in {dtype}: {why}")
+    per_step = run.batch_size * run.block_size
+    if run.steps is None:
+        step = measure_speed(run, tokenizer.vocab_size, blocks, device)
+        seconds = 60 * args.minutes
+        # A forward pass is a third of a step; evaluations may take half of the time at most.
+        evaluations = (N_EVALS * EVAL_TOKENS + n_val) * step / (3 * per_step)
+        run.steps = max(1, int((seconds - min(evaluations, seconds / 2)) / step))
+        say("steps", f"{run.steps:,}: one takes {1000 * step:.0f} ms, there are {args.minutes:g} minutes")
+    epochs = run.steps * per_step / len(train_tokens)
+    say("batch", f"{run.batch_size} blocks of {run.block_size} tokens, {epochs:.1f} epochs over the text")
+    if args.dropout is None and epochs > 5:
+        run.dropout = 0.1
+        say("dropout", "0.1, since text that is seen more often than five times is learned by heart")
+    run.warmup = max(1, min(50, run.steps // 5))
+    run.eval_every = run.eval_every or max(1, run.steps // N_EVALS)
+    run.log_every = max(1, run.eval_every // 10)
+    say("rates", f"Muon {run.lr:g}, AdamW {run.lr / 10:g}: {run.warmup} steps up, the last 60 % down to zero")
+    say(
+        "start",
+        f"an even guess has a loss of ln {tokenizer.vocab_size} = {math.log(tokenizer.vocab_size):.2f}",
+    )
+    return run
 
 
 def parse_arguments():
+    """The command line, checked."""
     parser = argparse.ArgumentParser(description="Train a model on prepared data.")
-    task = parser.add_argument_group("what to train")
-    task.add_argument("--data", default="pystdlib", metavar="NAME", help="folder under data/ (pystdlib)")
-    task.add_argument("--out", metavar="DIR", help="where the model goes (out/NAME)")
-    task.add_argument("--preset", choices=PRESETS, help="size of the model (nano on a CPU, small on a GPU)")
-    task.add_argument("--seed", type=int, default=0, help="equal seeds draw equal weights and data order (0)")
-    budget = parser.add_argument_group("how long").add_mutually_exclusive_group()
-    budget.add_argument("--minutes", type=float, default=3, help="steps and evaluations take this long (3)")
-    budget.add_argument("--steps", type=int, help="a fixed number of steps")
-    details = parser.add_argument_group("details, chosen for you where you leave them out")
-    details.add_argument("--block-size", type=int, help="tokens that the model sees at once")
-    details.add_argument("--batch-size", type=int, help="blocks per step")
-    details.add_argument("--lr", type=float, help="learning rate of Muon; AdamW takes a tenth")
-    details.add_argument("--dropout", type=float, help="share of each branch's output that is left out in training")
-    details.add_argument("--dtype", choices=("float32", "bfloat16"), help="in which matrices are multiplied")
-    details.add_argument("--eval-every", type=int, help="steps between evaluations")
-    details.add_argument("--device", help="cpu, cuda or mps")
+    add = parser.add_argument_group("what to train").add_argument
+    add("--data", default="pystdlib", metavar="NAME", help="folder under data/ (pystdlib)")
+    add("--out", metavar="DIR", help="where the model goes (out/NAME)")
+    add("--preset", choices=PRESETS, help="size of the model (nano on a CPU, small on a GPU)")
+    add("--seed", type=int, default=0, help="equal seeds draw equal weights and data order (0)")
+    add = parser.add_argument_group("how long").add_argument
+    add("--minutes", type=float, default=3, help="what steps and evaluations may take (3)")
+    add("--steps", type=int, help="a fixed number of steps instead: the same digits every time")
+    add("--eval-every", type=int, metavar="STEPS", help="steps between evaluations (a tenth of all)")
+    add = parser.add_argument_group("details that are chosen for you").add_argument
+    add("--block-size", type=int, metavar="TOKENS", help="tokens that the model sees at once")
+    add("--batch-size", type=int, metavar="BLOCKS", help="blocks per step")
+    add("--lr", type=float, help="learning rate of Muon; AdamW takes a tenth of it")
+    add("--dropout", type=float, help="share of every branch's output that training leaves out")
+    add("--dtype", choices=("float32", "bfloat16"), help="in which matrices are multiplied")
+    add("--device", help="cpu, cuda or mps")
     args = parser.parse_args()
-    for name in ("minutes", "steps", "block_size", "batch_size", "lr", "eval_every"):
+    for name in ("minutes", "steps", "eval_every", "block_size", "batch_size", "lr"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
@@ -368,64 +465,19 @@ def parse_arguments():
     return args
 
 
-def plan(args, tokenizer, train_tokens, n_val, device):
-    """Derive what the arguments leave open, and print it with the reasons. Returns the Run."""
-    on_cpu = device == "cpu"
-    dtype, why_dtype = (args.dtype, "as asked") if args.dtype else default_dtype(device)
-    run = Run(
-        preset=args.preset or ("nano" if on_cpu else "small"),
-        seed=args.seed,
-        steps=args.steps or 1,
-        block_size=args.block_size or (64 if on_cpu else 1024),
-        batch_size=args.batch_size or (32 if on_cpu else 128),
-        lr=args.lr or 0.03,
-        weight_decay=0.1,
-        warmup=1,
-        dropout=args.dropout or 0.0,
-        dtype=dtype,
-        eval_every=1,
-        log_every=1,
-    )
-    shape = Config(tokenizer.vocab_size, run.block_size, **PRESETS[run.preset])
-    print(f"model     {run.preset}, {shape.num_params():,} parameters: {shape.n_layer} layers of width {shape.n_embd}")
-    print(f"device    {device}, {torch.get_num_threads()} threads; matrix products in {dtype}: {why_dtype}")
-    per_step = run.batch_size * run.block_size
-    if not args.steps:
-        blocks = Blocks(train_tokens, run.block_size, run.seed)
-        step = measure_speed(run, tokenizer.vocab_size, blocks, device)
-        seconds = 60 * args.minutes
-        # A forward pass is a third of a step; evaluations may take half of the time at most.
-        evaluations = (N_EVALS * EVAL_TOKENS + n_val) * step / (3 * per_step)
-        run.steps = max(1, int((seconds - min(evaluations, seconds / 2)) / step))
-        print(f"steps     {run.steps:,}: one takes {1000 * step:.0f} ms here, and there are {args.minutes:g} minutes")
-    epochs = run.steps * per_step / len(train_tokens)
-    print(f"batch     {run.batch_size} blocks of {run.block_size} tokens; {epochs:.1f} epochs over {len(train_tokens):,} tokens")
-    if args.dropout is None:
-        run.dropout = 0.1 if epochs > 5 else 0.0
-        why = "text that is seen more often than 5 times is learned by heart" if run.dropout else "no text is seen often"
-        print(f"dropout   {run.dropout:g}: {why}")
-    run.warmup = max(1, min(50, run.steps // 5))
-    run.eval_every = args.eval_every or max(1, run.steps // N_EVALS)
-    run.log_every = max(1, run.eval_every // 10)
-    print(f"rates     Muon {run.lr:g}, AdamW {run.lr / 10:g}; {run.warmup} steps of warm-up, linear to 0 over the last 60 %")
-    print(f"start     a loss of ln {tokenizer.vocab_size} = {math.log(tokenizer.vocab_size):.2f} is an even guess")
-    return run
-
-
 def main():
     args = parse_arguments()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    folder = find_data(args.data)
-    tokenizer, train_tokens, val_tokens = load_data(folder)
+    tokenizer, train_tokens, val_tokens = load_data(find_data(args.data))
     out = Path(args.out) if args.out else OUT / args.data
-    print(f"data      {args.data}: {len(train_tokens):,} tokens for training, {len(val_tokens):,} held out")
+    print(f"{'data':10}{args.data}: {len(train_tokens):,} tokens for training, {len(val_tokens):,} held out")
     run = plan(args, tokenizer, train_tokens, len(val_tokens), device)
     move_aside(out)
-    model, bpb, stopped = train(run, tokenizer, train_tokens, val_tokens, out, device)
-    print(f"\n{'stopped: ' if stopped else ''}validation {bpb:.4f} bits per byte; the model is in {out}/\n")
-    if stopped:
+    model, bpb, step = train(run, tokenizer, train_tokens, val_tokens, out, device)
+    print(f"\n{bpb:.4f} bits per byte of held-out text after {step:,} steps; the model is in {out}/")
+    if step < run.steps:
         sys.exit(130)
-    print("A sample:\n")
+    print("\nA sample:\n")
     for piece in stream(model.eval(), tokenizer, "", max_new_tokens=150):
         print(piece, end="", flush=True)
     print(f"\n\nnext: python sample.py --model {out}")

@@ -1,12 +1,12 @@
 """Stage 0: from documents to token ids on disk.
 
-    python data/prepare.py                        the Python standard library of this interpreter, into data/pystdlib/
+    python data/prepare.py                        the standard library of this Python, into data/pystdlib/
     python data/prepare.py shakespeare            a public corpus, downloaded; the other one is tinystories
     python data/prepare.py PATH... --name NAME    your own files or folders: .txt .md .py .rst .jsonl
 
-Writes to data/NAME/: train.bin and val.bin (token ids, little-endian, documents separated by <|endoftext|>), tokenizer.json and
-meta.json. The text streams: documents are read three times (to split them, to learn the vocabulary, to encode them) and never
-held, so memory does not grow with the corpus.
+Writes to data/NAME/: train.bin and val.bin (token ids, little-endian, <|endoftext|> after every document),
+tokenizer.json and meta.json. The text streams: documents are read three times (to split them, to learn the
+vocabulary, to encode them) and never held, so memory does not grow with the corpus.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tokenizer import GPT4_PATTERN, SPECIAL_TOKENS, Tokenizer, map_ahead, read_parts  # noqa: E402
+from tokenizer import SPECIAL_TOKENS, Tokenizer, batches_of, map_ahead, read_parts  # noqa: E402
 
 VERSION = 1  # of the files written here
 DATA = ROOT / "data"
@@ -49,8 +49,14 @@ DOWNLOADS = {
         )
     ],
     "tinystories": [
-        ("https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt", None),
-        ("https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-valid.txt", None),
+        (
+            "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt",
+            None,
+        ),
+        (
+            "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-valid.txt",
+            None,
+        ),
     ],
 }
 SOURCES = ("pystdlib", *DOWNLOADS)
@@ -60,32 +66,34 @@ class Progress:
     """A line that says how far a phase has come: over itself on a terminal, elsewhere every ten seconds."""
 
     def __init__(self, label, total_bytes):
-        self.label, self.total_bytes = label, max(1, total_bytes)
+        self.label, self.total_bytes = label, total_bytes
         self.start = self.shown = time.time()
+        self.terminal = sys.stderr.isatty()
 
     def show(self, share):
         """share: the part of the whole that is done, 0 to 1."""
-        terminal = sys.stderr.isatty()
         now = time.time()
-        if now - self.shown < (0.2 if terminal else 10):
+        if now - self.shown < (0.2 if self.terminal else 10) or share <= 0:
             return
-        self.shown = now
-        rate = share * self.total_bytes / (now - self.start)
-        left = (now - self.start) * (1 - share) / max(share, 1e-9)
-        line = f"{self.label} {share:4.0%}  {rate / 1e6:.1f} MB/s  {left:.0f} s left"
-        print(f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+        self.shown, seconds = now, now - self.start
+        rate = share * self.total_bytes / seconds / 1e6
+        line = f"{self.label} {share:4.0%}  {rate:.1f} MB/s  {seconds / share - seconds:.0f} s left"
+        print(f"\r{line}\033[K" if self.terminal else f"{line}\n", end="", file=sys.stderr, flush=True)
 
-    def done(self, line):
+    def done(self, result):
         """Replace the live line by a lasting one."""
-        print("\r\033[K" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True)
-        print(f"{self.label} {line}, {time.time() - self.start:.1f} s", flush=True)
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        print(f"{self.label}: {result}, {time.time() - self.start:.1f} s", flush=True)
 
 
-# --- documents: each is (name, split, parts): where it comes from, "train" or "val" if its publisher says so, and its text ---
+# --- documents: pairs of (parts of its text, "train" or "val" where its publisher has decided that) ---
 
 
 def file_parts(path, damaged):
-    """Yield the text of a file piece by piece. Bytes that are no UTF-8 become U+FFFD, and the path is put into `damaged`."""
+    """Yield the text of a file piece by piece. Is it not UTF-8, its path is put into `damaged` and its stray
+    bytes become U+FFFD.
+    """
     for i, raw in enumerate(read_parts(path)):
         if i == 0:
             raw = raw.removeprefix(codecs.BOM_UTF8)
@@ -104,12 +112,12 @@ def jsonl_documents(path, field):
                 continue
             try:
                 text = json.loads(line)[field]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: no JSON object with a text under {field!r} ({error})") from None
-            if not isinstance(text, str):
-                raise ValueError(f"{path}, line {number}: {field!r} is no text but {text!r:.40}")
-            # JSON can spell half a surrogate pair, which is no character
-            yield f"{path}:{number}", None, [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")]
+                # JSON can spell half of a surrogate pair, which is no character
+                yield [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")], None
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: no JSON object with a text under {field!r} ({error!r})"
+                ) from None
 
 
 def story_documents(path, split, damaged):
@@ -117,48 +125,48 @@ def story_documents(path, split, damaged):
     rest = ""
     for part in file_parts(path, damaged):
         *stories, rest = (rest + part).split(END_OF_TEXT)
-        yield from ((str(path), split, [story.strip()]) for story in stories)
-    yield str(path), split, [rest.strip()]
+        yield from (([story.strip()], split) for story in stories)
+    yield [rest.strip()], split
 
 
 def stdlib_files():
-    """The .py files of this interpreter's standard library, without tests, tables of numbers and what was generated."""
+    """The .py files of this Python's standard library, without tests, tables and generated text."""
     folder = Path(sysconfig.get_path("stdlib"))
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
-    left_out |= {"encodings", "pydoc_data"}
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "__pycache__"}
+    left_out |= {"encodings", "pydoc_data", "stringprep.py"}
     for path in sorted(folder.rglob("*.py")):
-        inside = path.relative_to(folder)
-        tables = inside.name.startswith("_sysconfigdata") or inside.as_posix() in ("stringprep.py", "html/entities.py")
-        if not tables and not left_out & set(inside.parts) and not inside.parts[0].startswith("config-"):
+        parts = path.relative_to(folder).parts
+        if left_out.isdisjoint(parts) and not parts[0].startswith(("_sysconfigdata", "config-")):
             yield path
 
 
 def text_files(paths):
-    """The files with text under the given paths, in a fixed order, and how many others were passed over."""
+    """The files with text under the given paths, in a fixed order; what is passed over is counted aloud."""
     files, others = [], 0
     for path in map(Path, paths):
         if not path.exists():
-            raise ValueError(f"no file, folder or corpus named {path}; the known corpora are {', '.join(SOURCES)}")
+            raise ValueError(f"no file, folder or corpus named {path}; the corpora are {', '.join(SOURCES)}")
         inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         chosen = [p for p in inside if p.suffix in TEXT_SUFFIXES]
         files += chosen
         others += len(inside) - len(chosen)
-    return files, others
+    if others:
+        print(f"passed over {others} files that are not {' '.join(TEXT_SUFFIXES)}")
+    return files
 
 
 def download(url, sha256=None):
-    """Fetch a file into data/downloads/ unless it is there; it gets its name only when complete and verified."""
+    """Fetch a file into data/downloads/ unless it is there; only a complete, verified file gets its name."""
     path = DATA / "downloads" / url.rsplit("/", 1)[1]
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
-    digest = hashlib.sha256()
+    digest, done = hashlib.sha256(), 0
     try:
         with urllib.request.urlopen(url, timeout=30) as response, open(unfinished, "wb") as file:
             total = int(response.headers.get("Content-Length") or 0)
             progress = Progress(f"downloading {path.name}", total)
-            done = 0
             while block := response.read(2**20):
                 digest.update(block)
                 file.write(block)
@@ -166,13 +174,13 @@ def download(url, sha256=None):
                 progress.show(done / max(total, done))
         if done < total:
             raise ValueError(f"the download of {url} broke off after {done} of {total} bytes: try again")
-        if sha256 and digest.hexdigest() != sha256:
-            raise ValueError(f"{url} is not the file that was published (SHA-256 {digest.hexdigest()}, expected {sha256})")
+        if sha256 not in (None, digest.hexdigest()):
+            raise ValueError(f"{url} is not the file that was published: its SHA-256 is {digest.hexdigest()}")
         unfinished.rename(path)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        reason = getattr(error, "reason", error)
         raise ValueError(
-            f"can't download {url} ({reason}): get the file some other way and run `python data/prepare.py FILE --name NAME`"
+            f"can't download {url} ({getattr(error, 'reason', error)}): "
+            "get the file some other way and run `python data/prepare.py FILE --name NAME`"
         ) from None
     finally:
         unfinished.unlink(missing_ok=True)
@@ -180,44 +188,37 @@ def download(url, sha256=None):
     return path
 
 
-def find_documents(sources, field="text"):
-    """Return a function that starts a fresh pass over the documents, and the set of damaged files that passes fill.
+def find_documents(sources, field, damaged):
+    """Return a function that starts a fresh pass over the documents of a named corpus or of paths.
 
-    sources: one name out of SOURCES, or paths of files and folders.
+    Each pass puts the files that are not UTF-8 into the set `damaged`.
     """
-    damaged = set()
-    if sources == ["tinystories"]:
-        files = [download(*source) for source in DOWNLOADS["tinystories"]]
-
-        def documents():
-            for path, split in zip(files, ("train", "val")):
-                yield from story_documents(path, split, damaged)
-
-        return documents, damaged
+    splits = [None]
     if sources == ["pystdlib"]:
         files = list(stdlib_files())
-    elif sources == ["shakespeare"]:
-        files = [download(*source) for source in DOWNLOADS["shakespeare"]]
+    elif len(sources) == 1 and sources[0] in DOWNLOADS:
+        files = [download(*source) for source in DOWNLOADS[sources[0]]]
+        splits = ["train", "val"][: len(files)] if len(files) > 1 else [None]
     else:
-        files, others = text_files(sources)
-        if others:
-            print(f"passed over {others} files that are not {' '.join(TEXT_SUFFIXES)}")
+        files = text_files(sources)
 
     def documents():
-        for path in files:
-            if path.suffix == ".jsonl":
+        for i, path in enumerate(files):
+            if sources == ["tinystories"]:
+                yield from story_documents(path, splits[i], damaged)
+            elif path.suffix == ".jsonl":
                 yield from jsonl_documents(path, field)
             else:
-                yield str(path), None, file_parts(path, damaged)
+                yield file_parts(path, damaged), None
 
-    return documents, damaged
+    return documents
 
 
 # --- which text is held out for validation ---
 
 
-def bucket(parts):
-    """Return (bucket, characters, bytes) of a document. The bucket, 0 to 65535, depends on the content alone."""
+def scan(parts):
+    """Return (bucket, characters, bytes) of a document; its bucket, 0 to 65535, follows from its content."""
     digest = hashlib.blake2b(digest_size=2, key=b"validation")
     characters = size = 0
     for part in parts:
@@ -231,35 +232,36 @@ def bucket(parts):
 class Split:
     """Which text is for training and which is held out for validation.
 
-    Whole documents are held out, those in the lowest buckets, until 5 % of the bytes are reached; of fewer than 20 documents, the
-    last tenth of each. What the publisher has split stays split so. Two bytes are kept per document.
+    Whole documents are held out, those in the lowest buckets, until 5 % of the bytes are reached; of fewer
+    than 20 documents, the last tenth of each. What its publisher has split stays split so. Two bytes are kept
+    per document.
     """
 
     def __init__(self, documents):
         self.buckets = array("H")
-        self.lengths = []  # of the first documents, in characters
+        self.lengths = {}  # index -> characters of the first documents with text
         self.bytes = self.characters = 0
         bytes_in_bucket = np.zeros(2**16, dtype=np.int64)
-        for _, published, parts in documents:
-            number, characters, size = bucket(parts)
-            bytes_in_bucket[number] += size
-            self.buckets.append(number)
+        for index, (parts, _) in enumerate(documents):
+            bucket, characters, size = scan(parts)
+            self.buckets.append(bucket)
+            bytes_in_bucket[bucket] += size
             self.bytes += size
             self.characters += characters
-            if len(self.lengths) < FEW_DOCUMENTS:
-                self.lengths.append(characters)
-        self.few = sum(length > 0 for length in self.lengths) < FEW_DOCUMENTS
-        self.cutoff = int(np.searchsorted(bytes_in_bucket.cumsum(), VAL_SHARE * self.bytes))  # the last bucket held out
+            if characters and len(self.lengths) < FEW_DOCUMENTS:
+                self.lengths[index] = characters
+        self.few = len(self.lengths) < FEW_DOCUMENTS
+        # the last bucket that is held out
+        self.cutoff = int(np.searchsorted(bytes_in_bucket.cumsum(), VAL_SHARE * self.bytes))
 
     def pieces(self, documents):
-        """Yield ("train" or "val", text) and, where a document's share of it ends, ("train" or "val", None)."""
-        for index, (_, published, parts) in enumerate(documents):
-            if published:
-                n_train = sys.maxsize if published == "train" else 0
-            elif self.few:
-                n_train = int(0.9 * self.lengths[index])
+        """Yield ("train" or "val", text) and, where a document's share ends, ("train" or "val", None)."""
+        for index, (parts, published) in enumerate(documents):
+            if self.few and not published:
+                n_train = int(0.9 * self.lengths.get(index, 0))
             else:
-                n_train = sys.maxsize if self.buckets[index] > self.cutoff else 0
+                split = published or ("val" if self.buckets[index] <= self.cutoff else "train")
+                n_train = sys.maxsize if split == "train" else 0
             used = set()
             for part in parts:
                 for split, text in (("train", part[:n_train]), ("val", part[n_train:])):
@@ -274,7 +276,7 @@ class Split:
 
 
 class TokenWriter:
-    """Writes the token ids of one split to train.bin or, beyond SHARD_TOKENS of them, to train_000.bin, train_001.bin ..."""
+    """Writes the ids of a split to train.bin or, beyond SHARD_TOKENS, to train_000.bin, train_001.bin ..."""
 
     def __init__(self, folder, split, dtype):
         self.folder, self.split, self.dtype = folder, split, dtype
@@ -313,32 +315,64 @@ def encode_pieces(pieces, tokenizer):
     return {split: np.concatenate(arrays) for split, arrays in ids.items() if arrays}
 
 
-def batches_of(pieces, size=2**20):
-    """Group pieces into lists of about `size` characters."""
-    batch, length = [], 0
-    for split, text in pieces:
-        batch.append((split, text))
-        length += len(text or "")
-        if length >= size:
-            yield batch
-            batch, length = [], 0
-    if batch:
-        yield batch
-
-
 def default_vocab_size(n_bytes):
-    """The power of two next to the square root of the corpus's size in bytes, from 512 to 65,536.
+    """The power of two next to the square root of the corpus's bytes, from 512 to 65,536.
 
-    More tokens shorten the text but are each seen more rarely; 1 MB: 1,024, 10 MB: 4,096, 2 GB: 32,768.
+    More tokens shorten the text, but each is seen more rarely. 1 MB: 1,024, 10 MB: 4,096, 2 GB: 32,768.
     """
     return int(2 ** np.clip(round(np.log2(n_bytes) / 2), 9, 16))
 
 
-def prepare(sources, name=None, vocab_size=None, tokenizer=None, field="text"):
-    """Make data/NAME out of one named corpus or of paths. Returns the folder. Raises ValueError for unusable input.
+def learn_vocabulary(pieces, split, vocab_size):
+    """Train a Tokenizer on the training text among pieces."""
+    if vocab_size is None:
+        vocab_size = default_vocab_size(split.bytes)
+        print(f"vocabulary: {vocab_size:,} tokens, the power of two next to sqrt({split.bytes:,} bytes)")
+    progress = Progress("learning it", split.bytes)
 
-    tokenizer: a Tokenizer to use instead of learning one. All is written under another name first: what stands in data/NAME is
-    complete.
+    def texts():
+        done = 0
+        for part, text in pieces:
+            if text and part == "train":
+                yield text
+            done += len(text or "")
+            progress.show(done / split.characters)
+
+    tokenizer = Tokenizer.train(texts(), vocab_size, processes=os.cpu_count(), log=progress.done)
+    progress.done(f"{tokenizer.vocab_size:,} tokens")
+    return tokenizer
+
+
+def write_tokens(pieces, tokenizer, folder, n_bytes):
+    """Encode pieces on all cores into the folder's .bin files. Returns what meta.json says of them."""
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    writers = {split: TokenWriter(folder, split, dtype) for split in ("train", "val")}
+    counts = {name: {"train": 0, "val": 0} for name in ("documents", "bytes", "tokens")}
+    end, sizes = tokenizer.special_tokens[END_OF_TEXT], tokenizer.bytes_per_token
+    progress = Progress("encoding", n_bytes)
+    with ThreadPoolExecutor() as pool:
+        encode = partial(encode_pieces, tokenizer=tokenizer)
+        batches = batches_of(pieces, 2**20, lambda piece: len(piece[1] or ""))
+        for encoded in map_ahead(pool, encode, batches, ahead=2 * os.cpu_count()):
+            for split, ids in encoded.items():
+                writers[split].write(ids)
+                counts["documents"][split] += int((ids == end).sum())
+                counts["bytes"][split] += int(sizes[ids].sum())
+                counts["tokens"][split] += len(ids)
+            progress.show(sum(counts["bytes"].values()) / n_bytes)
+    for writer in writers.values():
+        writer.finish()
+    if 0 in counts["tokens"].values():
+        raise ValueError(f"{n_bytes} bytes of text are too few to train on one part and validate on another")
+    progress.done(f"{n_bytes / 1e6:.1f} MB -> {sum(counts['tokens'].values()) / 1e6:.2f} M tokens")
+    return {**counts, "dtype": dtype.str}
+
+
+def prepare(sources, name=None, vocab_size=None, tokenizer=None, field="text"):
+    """Make data/NAME out of a named corpus or of paths and return it. Raises ValueError for unusable input.
+
+    tokenizer: a Tokenizer to use instead of learning one. All is written under another name first: what
+    stands in data/NAME is complete.
     """
     name = name or Path(sources[0]).resolve().stem
     folder, unfinished = DATA / name, DATA / f".{name}.unfinished"
@@ -346,94 +380,52 @@ def prepare(sources, name=None, vocab_size=None, tokenizer=None, field="text"):
         raise ValueError(f"{name!r} can't name a folder under data/")
     if folder.exists() and not (folder / "meta.json").exists():
         raise ValueError(f"{folder} exists and holds no prepared data: choose another --name")
-    start = time.time()
-    documents, damaged = find_documents(sources, field)
+    damaged = set()
+    documents = find_documents(sources, field, damaged)
     split = Split(documents())
-    if damaged:
-        print(f"{len(damaged)} files are not UTF-8, their other bytes are read as U+FFFD: {', '.join(map(str, sorted(damaged)[:5]))}")
-    if not split.characters:
+    for path in sorted(damaged):
+        print(f"{path} is not UTF-8: its stray bytes are read as U+FFFD")
+    if not split.bytes:
         raise ValueError(f"there is no text in {', '.join(sources)}")
-    cores = os.cpu_count() or 1
     if tokenizer is None:
-        if vocab_size is None:
-            vocab_size = default_vocab_size(split.bytes)
-            print(f"vocabulary: {vocab_size:,} tokens, the power of two next to sqrt({split.bytes:,} bytes)")
-        progress = Progress("learning the vocabulary", split.bytes)
-        tokenizer = Tokenizer.train(
-            training_text(split.pieces(documents()), progress, split.characters), vocab_size, processes=cores
-        )
-        progress.done(f"{tokenizer.vocab_size:,} tokens")
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+        tokenizer = learn_vocabulary(split.pieces(documents()), split, vocab_size)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        writers = {part: TokenWriter(unfinished, part, dtype) for part in ("train", "val")}
-        n_bytes = {"train": 0, "val": 0}
-        n_documents = {"train": 0, "val": 0}
-        progress = Progress("encoding", split.bytes)
-        with ThreadPoolExecutor(cores) as pool:
-            batches = batches_of(split.pieces(documents()))
-            for encoded in map_ahead(pool, partial(encode_pieces, tokenizer=tokenizer), batches, 2 * cores):
-                for part, ids in encoded.items():
-                    writers[part].write(ids)
-                    n_bytes[part] += int(tokenizer.bytes_per_token[ids].sum())
-                    n_documents[part] += int((ids == tokenizer.special_tokens[END_OF_TEXT]).sum())
-                progress.show(sum(n_bytes.values()) / split.bytes)
-        for writer in writers.values():
-            writer.finish()
-        for part in ("train", "val"):
-            if not writers[part].tokens:
-                raise ValueError(f"there is too little text in {', '.join(sources)}: nothing is left for {part}.bin")
+        meta = {"version": VERSION, "source": sources, "vocab_size": tokenizer.vocab_size}
+        meta |= write_tokens(split.pieces(documents()), tokenizer, unfinished, split.bytes)
+        meta["tokenizer"] = tokenizer.fingerprint
         tokenizer.save(unfinished / "tokenizer.json")
-        meta = dict(
-            version=VERSION,
-            source=[str(source) for source in sources],
-            documents=n_documents,
-            bytes=n_bytes,
-            tokens={part: writer.tokens for part, writer in writers.items()},
-            dtype=dtype.str,
-            vocab_size=tokenizer.vocab_size,
-            tokenizer=tokenizer.fingerprint,
-        )
         (unfinished / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    tokens = sum(meta["tokens"].values())
-    progress.done(f"{split.bytes / 1e6:.1f} MB in {sum(n_documents.values()):,} documents -> {tokens / 1e6:.2f} M tokens")
-    print(
-        f"{folder.relative_to(ROOT)}/: train {meta['tokens']['train']:,} tokens, val {meta['tokens']['val']:,} tokens, "
-        f"{split.bytes / tokens:.2f} bytes per token, {time.time() - start:.1f} s in all"
-    )
+    for part in ("train", "val"):
+        documents, tokens, n_bytes = (meta[name][part] for name in ("documents", "tokens", "bytes"))
+        ratio = f"{n_bytes / tokens:.2f} bytes per token"
+        print(f"{folder}/{part}.bin: {tokens:,} tokens, {ratio}, {documents:,} documents")
     return folder
-
-
-def training_text(pieces, progress, n_characters):
-    """The text for training among pieces, with progress shown as it is read."""
-    done = 0
-    for split, text in pieces:
-        if text is not None:
-            done += len(text)
-            progress.show(done / n_characters)
-            if split == "train":
-                yield text
 
 
 def main():
     parser = argparse.ArgumentParser(description="Turn text into token ids that train.py reads.")
-    parser.add_argument(
-        "sources", nargs="*", default=["pystdlib"], metavar="SOURCE",
-        help=f"a corpus ({', '.join(SOURCES)}) or your own files and folders ({' '.join(TEXT_SUFFIXES)}) (pystdlib)",
-    )  # fmt: skip
-    parser.add_argument("--name", help="name of the folder under data/ (the first source's name)")
-    parser.add_argument("--vocab-size", type=int, help="tokens in the vocabulary (chosen by the size of the corpus)")
-    parser.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer.json instead of learning a vocabulary")
-    parser.add_argument("--field", default="text", help="where the text is in an object of a .jsonl file (text)")
+    known, suffixes = ", ".join(SOURCES), " ".join(TEXT_SUFFIXES)
+    add = parser.add_argument
+    add(
+        "sources",
+        nargs="*",
+        metavar="SOURCE",
+        help=f"{known}, or your own files and folders with {suffixes} (pystdlib)",
+    )
+    add("--name", help="name of the folder under data/ (that of the first source)")
+    add("--vocab-size", type=int, help="tokens in the vocabulary (chosen by the size of the corpus)")
+    add("--tokenizer", metavar="FILE", help="use this tokenizer.json instead of learning a vocabulary")
+    add("--field", default="text", help="where the text is in the objects of a .jsonl file (text)")
     args = parser.parse_args()
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
-    folder = prepare(args.sources, args.name, args.vocab_size, tokenizer, args.field)
+    folder = prepare(args.sources or ["pystdlib"], args.name, args.vocab_size, tokenizer, args.field)
     print(f"next: python train.py --data {folder.name}")
 
 

@@ -1,7 +1,7 @@
 """The measurements behind the numbers in the README. Nothing here passes or fails.
 
-    python tests/bench.py lzma --data pystdlib      what a general compressor makes of the same validation text
-    python tests/bench.py prepare                   peak memory of data/prepare.py on 50 MB and on 500 MB
+python tests/bench.py lzma --data pystdlib      what a general compressor makes of the same validation text
+python tests/bench.py prepare                   peak memory of data/prepare.py on 50 MB and on 500 MB
 """
 
 import argparse
@@ -25,7 +25,9 @@ from tokenizer import SPECIAL_TOKENS, Tokenizer  # noqa: E402
 
 
 def bench_lzma(args):
-    """Bits per byte that LZMA needs for the validation text after it has seen the training text: a yardstick for val_bpb."""
+    """Bits per byte that LZMA needs for the validation text after it has seen the training text: a yardstick
+    for val_bpb.
+    """
     folder = DATA / args.data
     dtype = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["dtype"]
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
@@ -35,10 +37,11 @@ def bench_lzma(args):
         ids = np.concatenate([np.fromfile(path, dtype=dtype) for path in paths])
         texts.append(tokenizer.decode_bytes(ids.tolist()).replace(SPECIAL_TOKENS[0].encode(), b""))
     train, val = texts
-    window = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": len(train) + len(val)}]
-    alone, both = (len(lzma.compress(text, filters=window)) for text in (train, train + val))
-    print(f"{args.data}: {8 * (both - alone) / len(val):.3f} bits per byte of {len(val):,} validation bytes by LZMA,")
-    print(f"given {len(train):,} bytes of training text; {8 * len(lzma.compress(val, filters=window)) / len(val):.3f} without it")
+    window = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": len(train + val)}]
+    alone, both, single = (len(lzma.compress(text, filters=window)) for text in (train, train + val, val))
+    print(f"{args.data}: {len(val):,} bytes of validation text, {len(train):,} bytes of training text")
+    print(f"LZMA, given the training text: {8 * (both - alone) / len(val):.3f} bits per byte")
+    print(f"LZMA, without it:              {8 * single / len(val):.3f} bits per byte")
 
 
 def write_distinct_text(folder, megabytes):
@@ -51,27 +54,31 @@ def write_distinct_text(folder, megabytes):
         (folder / f"{i:04}.txt").write_text(text.replace(" a", ".\nA")[: 2**20], encoding="utf-8")
 
 
+# runs its arguments and prints the most memory that they held at once
+PEAK = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
 def bench_prepare(args):
-    """Peak memory and speed of preparing a small and a ten times larger corpus with a given vocabulary."""
+    """Peak memory and speed of preparing a small and a large corpus with a given vocabulary."""
     peaks = []
     with tempfile.TemporaryDirectory() as work:
         for megabytes in args.megabytes:
-            text = Path(work) / f"bench-{megabytes}"
+            text, vocabulary = Path(work) / f"bench-{megabytes}", Path(work) / "tokenizer.json"
             write_distinct_text(text, megabytes)
-            vocabulary = Path(work) / "tokenizer.json"
-            if not vocabulary.exists():
+            if not peaks:
                 Tokenizer.train([(text / "0000.txt").read_text()], 4096).save(vocabulary)
-            program = [sys.executable, ROOT / "data/prepare.py", text, "--name", text.name, "--tokenizer", vocabulary]
-            peak = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)"
-            peak += "; print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+            program = [sys.executable, ROOT / "data/prepare.py", text, "--tokenizer", vocabulary]
             start = time.time()
-            result = subprocess.run([sys.executable, "-c", peak, *program], check=True, capture_output=True, text=True)
-            seconds = time.time() - start
+            result = subprocess.run([sys.executable, "-c", PEAK, *program], check=True, capture_output=True)
+            speed = megabytes / (time.time() - start)
             shutil.rmtree(DATA / text.name)
-            shutil.rmtree(text)
             peaks.append(int(result.stdout) * (1 if sys.platform == "darwin" else 1024) / 1e6)
-            print(f"{megabytes:5} MB: peak {peaks[-1]:.0f} MB, {megabytes / seconds:.1f} MB/s", flush=True)
-    print(f"ratio {peaks[-1] / peaks[0]:.3f}")
+            print(f"{megabytes:5} MB of text: peak memory {peaks[-1]:.0f} MB, {speed:.1f} MB/s", flush=True)
+    print(f"peak memory, large to small: {peaks[-1] / peaks[0]:.3f}")
 
 
 def main():
@@ -81,7 +88,9 @@ def main():
     command.add_argument("--data", default="pystdlib", help="prepared data (pystdlib)")
     command.set_defaults(bench=bench_lzma)
     command = commands.add_parser("prepare", help="memory of data/prepare.py")
-    command.add_argument("--megabytes", type=int, nargs=2, default=(50, 500), help="sizes of the two corpora (50 500)")
+    command.add_argument(
+        "--megabytes", type=int, nargs=2, default=(50, 500), help="sizes of the two corpora (50 500)"
+    )
     command.set_defaults(bench=bench_prepare)
     args = parser.parse_args()
     args.bench(args)

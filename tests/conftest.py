@@ -34,7 +34,9 @@ def tiny_config():
 
 @pytest.fixture
 def model(tiny_config):
-    """A tiny model whose every weight is drawn, so that no test passes because an output projection is zero."""
+    """A tiny model whose every weight is drawn, so that no test passes because an output projection is
+    zero.
+    """
     torch.manual_seed(0)
     model = Transformer(tiny_config)
     for p in model.parameters():

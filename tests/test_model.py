@@ -103,7 +103,9 @@ def test_a_full_cache_says_so_and_its_size_is_the_formula(model):
         model(ids_of(model, 2, 1), cache=cache)
 
 
-@pytest.mark.parametrize("variant", [{}, {"tie_embeddings": False}, {"qkv_bias": True}, {"qk_norm": True, "head_dim": 16}])
+@pytest.mark.parametrize(
+    "variant", [{}, {"tie_embeddings": False}, {"qkv_bias": True}, {"qk_norm": True, "head_dim": 16}]
+)
 def test_a_saved_folder_opens_in_transformers_with_equal_logits(tmp_path, tiny_config, variant):
     torch.manual_seed(0)
     model = Transformer(Config(**{**vars(tiny_config), "head_dim": 0, **variant})).eval()
@@ -134,6 +136,8 @@ def test_mistakes_are_named(tmp_path, model):
     (tmp_path / "config.json").write_text(config.replace('"silu"', '"gelu"'))
     with pytest.raises(ValueError, match="hidden_act 'gelu' is not supported"):
         Transformer.load(tmp_path)
-    (tmp_path / "config.json").write_text(config.replace('"intermediate_size": 64', '"intermediate_size": 96'))
-    with pytest.raises(ValueError, match=r"gate_proj.weight has shape \(64, 32\), expected \(96, 32\)"):
+    (tmp_path / "config.json").write_text(
+        config.replace('"intermediate_size": 64', '"intermediate_size": 96')
+    )
+    with pytest.raises(ValueError, match=r"size mismatch for model.layers.0.mlp.gate_proj.weight"):
         Transformer.load(tmp_path)

@@ -1,4 +1,6 @@
-"""What data/prepare.py promises: nothing lost, nothing leaked, nothing half-written, memory that does not grow."""
+"""What data/prepare.py promises: nothing lost, nothing leaked, nothing half-written, memory that does not
+grow.
+"""
 
 import hashlib
 import http.server
@@ -9,8 +11,8 @@ import threading
 
 import numpy as np
 import pytest
-
 from conftest import ROOT
+
 from data import prepare as stage
 from tokenizer import Tokenizer
 
@@ -76,7 +78,9 @@ def test_the_vocabulary_is_learned_from_training_text_only(tmp_path, data):
 
 def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path, data, tokenizer):
     (tmp_path / "text.txt").write_text("some text " * 100, encoding="utf-8")
-    big = Tokenizer(tokenizer.merges, special_tokens=[*tokenizer.special_tokens, *(f"<{i}>" for i in range(70000))])
+    big = Tokenizer(
+        tokenizer.merges, special_tokens=[*tokenizer.special_tokens, *(f"<{i}>" for i in range(70000))]
+    )
     folder = stage.prepare([str(tmp_path / "text.txt")], tokenizer=big)
     assert json.loads((folder / "meta.json").read_text())["dtype"] == "<u4"
     assert "".join(sum(read_back(folder).values(), [])) == "some text " * 100
@@ -155,7 +159,9 @@ def test_a_download_is_verified_before_it_gets_its_name(tmp_path, data):
 
 def test_offline_says_what_to_do_instead(data, monkeypatch):
     monkeypatch.setitem(stage.DOWNLOADS, "shakespeare", [("http://127.0.0.1:9/input.txt", None)])
-    with pytest.raises(ValueError, match=r"can't download http://127.0.0.1:9/input.txt .* prepare.py FILE --name NAME"):
+    with pytest.raises(
+        ValueError, match=r"can't download http://127.0.0.1:9/input.txt .* prepare.py FILE --name NAME"
+    ):
         stage.prepare(["shakespeare"])
 
 
@@ -195,13 +201,22 @@ def test_other_files_are_passed_over_aloud(tmp_path, data, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no/such/file.txt"], "no file, folder or corpus named no/such/file.txt; the known corpora are pystdlib"),
+        (
+            ["no/such/file.txt"],
+            "no file, folder or corpus named no/such/file.txt; the known corpora are pystdlib",
+        ),
         (["{tmp}/empty.txt"], "there is no text in"),
         (["{tmp}/folder"], "there is no text in"),
-        (["{tmp}/a.txt", "--vocab-size", "258"], "258 can't hold the 256 bytes and the special tokens: take 259"),
+        (
+            ["{tmp}/a.txt", "--vocab-size", "258"],
+            "258 can't hold the 256 bytes and the special tokens: take 259",
+        ),
         (["{tmp}/a.txt", "--name", "../x"], "'../x' can't name a folder"),
         (["{tmp}/bad.jsonl"], "bad.jsonl, line 2: no JSON object with a text under 'text'"),
-        (["{tmp}/a.txt", "--tokenizer", "{tmp}/bad.jsonl"], "bad.jsonl is not a byte-level BPE tokenizer.json"),
+        (
+            ["{tmp}/a.txt", "--tokenizer", "{tmp}/bad.jsonl"],
+            "bad.jsonl is not a byte-level BPE tokenizer.json",
+        ),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_status_2(tmp_path, arguments, message):
@@ -212,7 +227,9 @@ def test_a_mistake_ends_in_one_line_and_status_2(tmp_path, arguments, message):
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
     if "--name" not in arguments:
         arguments += ["--name", "unfinished-test"]
-    result = subprocess.run([sys.executable, ROOT / "data/prepare.py", *arguments], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, ROOT / "data/prepare.py", *arguments], capture_output=True, text=True
+    )
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert message in result.stderr

@@ -1,4 +1,6 @@
-"""What sample.py promises: the model's own distribution, rows that don't disturb each other, whole characters."""
+"""What sample.py promises: the model's own distribution, rows that don't disturb each other, whole
+characters.
+"""
 
 import subprocess
 import sys
@@ -7,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sample as stage
-from conftest import ROOT
 from model import Transformer
 from sample import generate
 
@@ -55,7 +57,10 @@ def test_rows_of_a_ragged_batch_equal_each_alone(model):
 
 
 def test_equal_seeds_draw_equal_texts_and_others_do_not(model):
-    draw = [continuation(model, [3], max_new_tokens=20, temperature=1.0, top_p=1.0, seed=seed) for seed in (0, 0, 1)]
+    draw = [
+        continuation(model, [3], max_new_tokens=20, temperature=1.0, top_p=1.0, seed=seed)
+        for seed in (0, 0, 1)
+    ]
     assert draw[0] == draw[1] != draw[2]
 
 
@@ -97,7 +102,9 @@ def folder(tmp_path, model, tokenizer):
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, ROOT / "sample.py", *arguments], capture_output=True, text=True, encoding="utf-8")
+    return subprocess.run(
+        [sys.executable, ROOT / "sample.py", *arguments], capture_output=True, text=True, encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("prompt", ["", "the cat", "你好"])

@@ -39,7 +39,9 @@ def textbook_merges(texts, n_merges):
     return merges
 
 
-texts = st.lists(st.one_of(st.text("ab", max_size=30), st.text("abc \n'1", max_size=40), st.text(max_size=20)), max_size=6)
+texts = st.lists(
+    st.one_of(st.text("ab", max_size=30), st.text("abc \n'1", max_size=40), st.text(max_size=20)), max_size=6
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -109,7 +111,9 @@ def test_the_saved_file_gives_the_same_ids_in_the_tokenizers_library(tmp_path_fa
 
 
 def test_loading_restores_everything_that_decides_the_ids(tmp_path):
-    tokenizer = Tokenizer.train(["hello world 123"], 280, pattern=r"\p{L}+|\P{L}", special_tokens=("<|endoftext|>", "<x>"))
+    tokenizer = Tokenizer.train(
+        ["hello world 123"], 280, pattern=r"\p{L}+|\P{L}", special_tokens=("<|endoftext|>", "<x>")
+    )
     tokenizer.save(tmp_path / "tokenizer.json")
     loaded = Tokenizer.load(tmp_path / "tokenizer.json")
     assert loaded.pattern == tokenizer.pattern
@@ -134,7 +138,11 @@ def test_a_file_read_in_parts_is_the_same_file_cut_between_chunks(tmp_path, size
     parts = [part.decode() for part in stage.read_parts(tmp_path / "text", size)]
     assert "".join(parts) == text
     assert len(parts) > 1 or size == 64
-    chunks = [chunk for part in stage.read_parts(tmp_path / "text", 64) for chunk in regex.findall(GPT4_PATTERN, part.decode())]
+    chunks = [
+        chunk
+        for part in stage.read_parts(tmp_path / "text", 64)
+        for chunk in regex.findall(GPT4_PATTERN, part.decode())
+    ]
     assert chunks == regex.findall(GPT4_PATTERN, text)
 
 

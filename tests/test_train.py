@@ -10,9 +10,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, WORDS
 
 import train as stage
-from conftest import ROOT, WORDS
 from data import prepare
 from model import Transformer
 from tokenizer import Tokenizer
@@ -74,8 +74,12 @@ def test_bits_per_byte_is_nats_over_ln_2_over_bytes(tmp_path, model, tokenizer):
         block = torch.tensor([ids[start : start + 33]])
         log_p = model(block[:, :-1]).log_softmax(-1)
         nats -= log_p.gather(-1, block[:, 1:, None]).sum().item()
-    n_bytes = 2 * len(text.encode()) - len(tokenizer.decode_bytes(ids[:1]))  # nothing predicts the first token
-    assert stage.bits_per_byte(model, tokens, tokenizer.bytes_per_token) == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+    n_bytes = 2 * len(text.encode()) - len(
+        tokenizer.decode_bytes(ids[:1])
+    )  # nothing predicts the first token
+    assert stage.bits_per_byte(model, tokens, tokenizer.bytes_per_token) == pytest.approx(
+        nats / math.log(2) / n_bytes, rel=1e-5
+    )
 
 
 def test_evaluating_changes_nothing(model, tokens, tokenizer):
@@ -93,7 +97,9 @@ def test_evaluating_changes_nothing(model, tokens, tokenizer):
 def test_every_parameter_has_one_optimizer_and_muon_takes_the_matrices_of_the_blocks(model):
     muon, adamw = stage.make_optimizers(model, 0.01, 0.1)
     names = {p: name for name, p in model.named_parameters()}
-    of_muon, of_adamw = ({names[p] for group in o.param_groups for p in group["params"]} for o in (muon, adamw))
+    of_muon, of_adamw = (
+        {names[p] for group in o.param_groups for p in group["params"]} for o in (muon, adamw)
+    )
     assert of_muon | of_adamw == set(names.values()) and not of_muon & of_adamw
     assert all("_proj" in name for name in of_muon)
     assert "model.embed_tokens.weight" in of_adamw
@@ -140,12 +146,16 @@ def test_a_run_learns_logs_and_leaves_a_model_that_opens(prepared, tmp_path):
     model = Transformer.load(tmp_path / "out")
     tokenizer = Tokenizer.load(tmp_path / "out/tokenizer.json")
     val = stage.Tokens(prepare.DATA / prepared, "val", "<u2")
-    assert stage.bits_per_byte(model, val, tokenizer.bytes_per_token) == pytest.approx(float(rows[-1]["val_bpb"]), abs=0.01)
+    assert stage.bits_per_byte(model, val, tokenizer.bytes_per_token) == pytest.approx(
+        float(rows[-1]["val_bpb"]), abs=0.01
+    )
 
 
 def test_the_same_seed_gives_the_same_digits_and_no_run_is_overwritten(prepared, tmp_path):
     for _ in range(2):
-        result = run_script("--data", prepared, "--steps", 12, "--batch-size", 4, "--seed", 1, "--out", tmp_path / "out")
+        result = run_script(
+            "--data", prepared, "--steps", 12, "--batch-size", 4, "--seed", 1, "--out", tmp_path / "out"
+        )
         assert result.returncode == 0, result.stderr
     assert f"{tmp_path / 'out'} existed and is now {tmp_path / 'out.1'}" in result.stdout
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
