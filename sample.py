@@ -1,7 +1,6 @@
-"""Stage 4: a model at work. Each step feeds in the newest token, draws the next one from the scores, and goes
-on from there.
+"""Stage 4: a model at work. Feed in the newest token, draw the next one from the scores, and so on.
 
-python sample.py                                       stream text from the newest model under out/
+python sample.py                                   stream text from the newest model under out/
 python sample.py --model DIR --prompt "def " -n 4 --temperature 0.8 --top-p 0.9
 """
 
@@ -20,8 +19,7 @@ OUT = Path(__file__).resolve().parent / "out"
 
 
 def filter_top_p(logits, top_p):
-    """Keep the most likely tokens that together reach probability top_p; the rest gets -inf (Holtzman et al.,
-    2020).
+    """Keep the likeliest tokens that together reach probability top_p (Holtzman et al., 2020); others: -inf.
 
     logits (B, V), already divided by the temperature.
     """
@@ -45,17 +43,13 @@ def choose(logits, temperature, top_p, generator):
 def generate(
     model, prompts, max_new_tokens=64, temperature=0.8, top_p=0.9, stop_ids=(), seed=0, vocab_size=None
 ):
-    """Continue prompts, a list of non-empty lists of ids of any lengths; yield at each step one new id per
-    row.
+    """Continue prompts, lists of ids of any lengths but zero; yield at each step one new id per row.
 
-    A row that has drawn one of stop_ids, which is not yielded, has ended: None from then on. vocab_size: ids
-    from here on are never drawn. A row that outgrows the context goes on from the last half of it. Raises
-    ValueError for unusable settings.
+    A row that draws one of stop_ids has ended: it yields None from then on. Ids from vocab_size on are never
+    drawn. A row that outgrows the context goes on from its last half. Unusable settings raise ValueError.
     """
     if temperature < 0:
-        raise ValueError(
-            f"temperature {temperature} is negative: 0 is greedy, 1 the model's own distribution"
-        )
+        raise ValueError(f"temperature {temperature} is negative: 0 takes the likeliest token, 1 draws as is")
     if not 0 < top_p <= 1:
         raise ValueError(f"top-p {top_p} is outside (0, 1]")
     if not prompts or not all(prompts):
@@ -95,9 +89,7 @@ def newest_model():
     """The folder under out/ whose model was saved last."""
     found = sorted(OUT.glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise ValueError(
-            "there is no model under out/ yet: run `python train.py`, or name a folder with --model"
-        )
+        raise ValueError("there is no model under out/ yet: run `python train.py`, or name one with --model")
     return found[-1].parent
 
 
@@ -113,49 +105,39 @@ def load(folder, device="cpu"):
 
 
 def stream(model, tokenizer, prompt, **settings):
-    """Yield the continuation of a text piece by piece, never half a character. An empty prompt starts a new
-    document.
-    """
-    end = tokenizer.special_tokens.get("<|endoftext|>")
-    ids = tokenizer.encode(prompt) or [end]
+    """Yield the continuation of a text as it is made, never half a character. No prompt: a new document."""
+    ids = tokenizer.encode(prompt) or [tokenizer.special_tokens["<|endoftext|>"]]
+    settings |= {"stop_ids": tokenizer.special_tokens.values(), "vocab_size": tokenizer.vocab_size}
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for (new,) in generate(
-        model, [ids], stop_ids=tokenizer.special_tokens.values(), vocab_size=tokenizer.vocab_size, **settings
-    ):
-        if new is not None:
-            yield decoder.decode(tokenizer.decode_bytes([new]))
+    for (new,) in generate(model, [ids], **settings):
+        yield decoder.decode(tokenizer.decode_bytes([new]))
     yield decoder.decode(b"", final=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Stream text from a model.")
-    parser.add_argument("--model", metavar="DIR", help="model folder (the newest under out/)")
-    parser.add_argument("--prompt", default="", help="text to continue (none: start a new document)")
-    parser.add_argument("-n", type=int, default=1, help="number of samples (1)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="length of a sample (256)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (0.8)")
-    parser.add_argument(
-        "--top-p", type=float, default=0.9, help="draw from the likeliest tokens that reach this (0.9)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds draw equal samples (0)")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps"
-    )
+    add = parser.add_argument
+    add("--model", metavar="DIR", help="model folder (the newest under out/)")
+    add("--prompt", default="", help="text to continue (none: start a new document)")
+    add("-n", type=int, default=1, help="number of samples (1)")
+    add("--max-new-tokens", type=int, default=256, help="length of a sample (256)")
+    add("--temperature", type=float, default=0.8, help="0: always the likeliest token (0.8)")
+    add("--top-p", type=float, default=0.9, help="draw from the likeliest tokens that reach this (0.9)")
+    add("--seed", type=int, default=0, help="equal seeds draw equal samples (0)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
     args = parser.parse_args()
     folder = Path(args.model) if args.model else newest_model()
     model, tokenizer = load(folder, args.device)
     print(f"{folder}: {model.config.num_params():,} parameters", file=sys.stderr)
-    for i in range(args.n):
-        start, pieces = time.time(), 0
+    settings = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
+    for seed in range(args.seed, args.seed + args.n):
+        start, made = time.time(), 0
         print(args.prompt, end="", flush=True)
-        for piece in stream(
-            model, tokenizer, args.prompt, max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature, top_p=args.top_p, seed=args.seed + i,
-        ):  # fmt: skip
-            pieces += 1
+        for piece in stream(model, tokenizer, args.prompt, seed=seed, **settings):
             print(piece, end="", flush=True)
-        print()
-        print(f"{pieces / (time.time() - start):.0f} tokens/s", file=sys.stderr)
+            made += 1
+        print(flush=True)
+        print(f"{made / (time.time() - start):.0f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Stage 3: pretraining. Show the model text, measure how surprised it is, and change its weights to be less
-so.
+"""Stage 3: pretraining. Show the model text, measure how surprised it is, and change it to be less so.
 
-loss = -mean log p(next token | tokens before)        weights <- weights - lr * f(gradient of loss)
+loss = -mean log p(next token | tokens before)        weights <- weights - rate * f(gradient of the loss)
 
-python train.py                                     prepare the default data if missing, train 3 minutes,
-save, show a sample python train.py --data NAME --preset small --minutes 30
-python train.py --steps 2000 --seed 1               a fixed number of steps: the same digits every time
+python train.py                             prepare the default data if missing, train 3 minutes, sample
+python train.py --data NAME --preset small --minutes 30
+python train.py --steps 2000 --seed 1       a fixed number of steps: the same digits every time
 """
 
 import argparse
@@ -31,6 +30,7 @@ from tokenizer import Tokenizer
 
 N_EVALS = 10  # in a run
 EVAL_TOKENS = 2**14  # in each but the last, which takes all that is held out
+
 
 # --- data ---
 
@@ -111,23 +111,20 @@ class Blocks:
 
 
 def learning_rate(step, run):
-    """The share of the full rate at a step: linear warm-up, constant, then linearly to zero over the last 60
-    %.
-    """
+    """The share of the full rate at a step: linear warm-up, constant, the last 60 % linearly to zero."""
     return min(1, (step + 1) / run.warmup, (run.steps - step) / (0.6 * run.steps))
 
 
 def make_optimizers(model, lr, weight_decay):
-    """Muon for the matrices inside the blocks (Jordan et al., 2024), AdamW for embeddings, head, norms and
-    biases.
+    """Muon for the matrices inside the blocks (Jordan et al., 2024), AdamW for the rest.
 
-    Muon replaces the momentum of a matrix by the nearest orthogonal matrix, so that every direction learns at
-    the same pace.
+    Muon takes a step along the orthogonal matrix that is nearest to the momentum: all directions of a matrix
+    learn at one pace. Embedding and head are looked up by row and have no such directions.
     """
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    inside = set(matrices)
-    tables = [p for p in model.parameters() if p.ndim == 2 and p not in inside]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    layers, everything = list(model.model.layers.parameters()), list(model.parameters())
+    matrices = [p for p in layers if p.ndim == 2]
+    tables = [p for p in everything if p.ndim == 2 and all(p is not q for q in matrices)]
+    vectors = [p for p in everything if p.ndim < 2]
     groups = [{"params": tables}, {"params": vectors, "weight_decay": 0.0}]
     optimizers = [
         torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay),
@@ -139,11 +136,9 @@ def make_optimizers(model, lr, weight_decay):
 
 
 @torch.no_grad()
-def bits_per_byte(model, tokens, bytes_per_token, n_blocks=None, batch_size=32, context=nullcontext):
-    """Nats of the predicted tokens / ln 2 / bytes that they stand for, over n_blocks evenly spaced blocks
-    (None: over all).
-    """
-    T = model.config.block_size
+def bits_per_byte(model, tokens, bytes_per_token, n_blocks=None, batch_size=32):
+    """Nats of predicted tokens / ln 2 / their bytes, over n_blocks evenly spaced blocks (None: all)."""
+    T, device = model.config.block_size, model.frequencies.device
     total = (len(tokens) - 2) // T + 1  # the last one may be short
     chosen = np.unique(np.linspace(0, total - 1, min(n_blocks or total, total)).astype(int))
     nats = n_bytes = 0
@@ -156,10 +151,8 @@ def bits_per_byte(model, tokens, bytes_per_token, n_blocks=None, batch_size=32, 
             row[: len(block)] = block
         targets = ids[:, 1:]
         n_bytes += bytes_per_token[targets[targets >= 0]].sum()
-        device = model.frequencies.device
-        with context():
-            x, y = torch.from_numpy(ids[:, :-1].clip(0)).to(device), torch.from_numpy(targets).to(device)
-            nats += model.loss(x, y, reduction="sum").item()
+        x, y = torch.from_numpy(ids[:, :-1].clip(0)).to(device), torch.from_numpy(targets).to(device)
+        nats += model.loss(x, y, reduction="sum").item()
     model.train(was_training)
     return nats / math.log(2) / n_bytes
 
@@ -186,9 +179,7 @@ class Run:
 
 
 def default_dtype(device):
-    """The dtype in which matrices are multiplied fastest, with the reason. Weights and sums stay in
-    float32.
-    """
+    """In which dtype matrices are multiplied fastest, and the reason. Weights and sums stay in float32."""
     if device == "cuda":
         return "bfloat16", "this GPU has units for it"
     if device == "cpu":
@@ -216,9 +207,7 @@ def find_data(name):
 
 
 def load_data(folder):
-    """Open prepared data: (tokenizer, training tokens, validation tokens). Raises ValueError if it is
-    damaged.
-    """
+    """Open prepared data: (tokenizer, training tokens, validation tokens). Damaged data: ValueError."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if tokenizer.fingerprint != meta["tokenizer"]:
@@ -244,9 +233,7 @@ def move_aside(folder):
 
 
 def save_model(model, tokenizer, folder):
-    """Save under another name, then put the files in place one by one: what stands in `folder` always
-    opens.
-    """
+    """Save under another name, then put the files in place one by one: the folder's model always opens."""
     unfinished = folder / "unfinished"
     try:
         model.save(unfinished, tokenizer)
@@ -354,7 +341,7 @@ def train(run, tokenizer, train_tokens, val_tokens, out, device):
     """The training loop. Leaves the model and log.csv in `out`; returns (model, bits per byte, last step)."""
     model, optimizers = build(run, tokenizer.vocab_size, device)
     blocks = Blocks(train_tokens, run.block_size, run.seed)
-    context, bytes_per_token = precision(run, device), tokenizer.bytes_per_token
+    bytes_per_token = tokenizer.bytes_per_token
     save_model(model, tokenizer, out)
     log, stop_asked = Log(out / "log.csv", run.steps), catch_signals()
     loss_sum, logged, start = 0.0, 0, time.perf_counter()
@@ -374,7 +361,8 @@ def train(run, tokenizer, train_tokens, val_tokens, out, device):
         bpb = None
         if last or step % run.eval_every == 0:
             n_blocks = None if last else EVAL_TOKENS // run.block_size
-            bpb = bits_per_byte(model, val_tokens, bytes_per_token, n_blocks, context)
+            with precision(run, device):
+                bpb = bits_per_byte(model, val_tokens, bytes_per_token, n_blocks)
             save_model(model, tokenizer, out)
         seconds, tokens = time.perf_counter() - start, step * ids.numel()
         log.write(

@@ -40,24 +40,13 @@ FEW_DOCUMENTS = 20
 SHARD_TOKENS = 2**29  # a longer stream of tokens is cut into files of this many
 END_OF_TEXT = SPECIAL_TOKENS[0]
 
-# name -> [(URL, SHA-256 or None)]
-DOWNLOADS = {
+TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINY_STORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
+DOWNLOADS = {  # name -> [(URL, SHA-256 or None)]
     "shakespeare": [
-        (
-            "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-            "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-        )
+        (TINY_SHAKESPEARE, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
     ],
-    "tinystories": [
-        (
-            "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt",
-            None,
-        ),
-        (
-            "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-valid.txt",
-            None,
-        ),
-    ],
+    "tinystories": [(TINY_STORIES + "train.txt", None), (TINY_STORIES + "valid.txt", None)],
 }
 SOURCES = ("pystdlib", *DOWNLOADS)
 
@@ -193,19 +182,17 @@ def find_documents(sources, field, damaged):
 
     Each pass puts the files that are not UTF-8 into the set `damaged`.
     """
-    splits = [None]
     if sources == ["pystdlib"]:
         files = list(stdlib_files())
     elif len(sources) == 1 and sources[0] in DOWNLOADS:
         files = [download(*source) for source in DOWNLOADS[sources[0]]]
-        splits = ["train", "val"][: len(files)] if len(files) > 1 else [None]
     else:
         files = text_files(sources)
 
     def documents():
         for i, path in enumerate(files):
             if sources == ["tinystories"]:
-                yield from story_documents(path, splits[i], damaged)
+                yield from story_documents(path, ("train", "val")[i], damaged)
             elif path.suffix == ".jsonl":
                 yield from jsonl_documents(path, field)
             else:

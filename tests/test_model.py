@@ -134,7 +134,7 @@ def test_mistakes_are_named(tmp_path, model):
     model.save(tmp_path)
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"silu"', '"gelu"'))
-    with pytest.raises(ValueError, match="hidden_act 'gelu' is not supported"):
+    with pytest.raises(ValueError, match="hidden_act 'gelu' in config.json is not supported"):
         Transformer.load(tmp_path)
     (tmp_path / "config.json").write_text(
         config.replace('"intermediate_size": 64', '"intermediate_size": 96')

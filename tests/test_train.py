@@ -141,7 +141,7 @@ def test_a_run_learns_logs_and_leaves_a_model_that_opens(prepared, tmp_path):
     assert float(rows[0]["train_loss"]) == pytest.approx(math.log(320), rel=0.1)
     assert float(rows[-1]["train_loss"]) < 2
     assert [name for name in rows[0] if "bpb" in name] == ["val_bpb"]
-    assert f"validation {float(rows[-1]['val_bpb']):.4f} bits per byte" in result.stdout
+    assert f"{float(rows[-1]['val_bpb']):.4f} bits per byte of held-out text after 60 steps" in result.stdout
     assert "A sample:" in result.stdout and "python sample.py" in result.stdout
     model = Transformer.load(tmp_path / "out")
     tokenizer = Tokenizer.load(tmp_path / "out/tokenizer.json")
