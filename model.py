@@ -47,10 +47,9 @@ class Config:
     rope_scaling: dict | None = None  # Llama 3.1
 
     def __post_init__(self):
-        if self.head_dim == 0:
-            if self.n_embd % self.n_head:
-                raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-            self.head_dim = self.n_embd // self.n_head
+        if self.n_embd % self.n_head and not self.head_dim:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         if self.head_dim % 2:

@@ -50,7 +50,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def read_parts(path, size=2**22):
+def read_parts(path, size=2**18):
     """Yield a file's bytes in parts of about `size`, cut where no chunk is cut: before a line that starts
     with no blank.
 

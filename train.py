@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -216,15 +216,13 @@ def load_data(folder):
     for split, tokens in zip(("train", "val"), splits):
         n = meta["tokens"][split]
         if len(tokens) != n:
-            raise ValueError(
-                f"{folder}/{split}.bin holds {len(tokens):,} tokens, not {n:,}: prepare it again"
-            )
+            raise ValueError(f"{folder}/{split}.bin has {len(tokens):,} tokens, not {n:,}: prepare it again")
     return tokenizer, *splits
 
 
 def move_aside(folder):
     """Never overwrite: rename an existing folder to the first free NAME.1, NAME.2 ..., aloud."""
-    if folder.exists():
+    if folder.exists() and any(folder.iterdir()):
         k = 1
         while (aside := folder.with_name(f"{folder.name}.{k}")).exists():
             k += 1
@@ -289,29 +287,27 @@ def measure_speed(run, vocab_size, blocks, device):
     return sorted(seconds[3:])[5]
 
 
+@contextmanager
 def catch_signals():
-    """Let SIGINT and SIGTERM ask for a stop after the step at hand, and a second one stop at once.
-
-    Returns a function that says whether it was asked.
-    """
+    """Inside, SIGINT and SIGTERM ask for a stop, a second one stops at once. Yields a function: asked?"""
     asked = []
 
     def note(number, frame):
         asked.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return lambda: bool(asked)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Log:
     """The lines of a run: all of them in log.csv, those with an evaluation on the screen too."""
 
-    COLUMNS = {  # name: format
-        "step": "d", "tokens": "d", "seconds": ".2f", "train_loss": ".4f", "val_bpb": ".4f",
-        "lr": ".6f", "grad_norm": ".4f", "tokens_per_second": ".0f",
-    }  # fmt: skip
+    COLUMNS = ("step", "tokens", "seconds", "train_loss", "val_bpb", "lr", "grad_norm", "tokens_per_second")
 
     def __init__(self, path, steps):
         self.steps = steps
@@ -320,30 +316,25 @@ class Log:
         self.rows.writerow(self.COLUMNS)
         print(f"\n{'step':>8} {'loss':>8} {'val bpb':>8} {'lr':>8} {'tokens/s':>9} {'left':>6}", flush=True)
 
-    def write(self, **row):
-        """Add a line; val_bpb may be None."""
-        values = [
-            format(row[name], kind) if row[name] is not None else "" for name, kind in self.COLUMNS.items()
-        ]
-        self.rows.writerow(values)
+    def write(self, step, tokens, seconds, loss, bpb, lr, norm):
+        """Add a line; bpb may be None. seconds: since the start."""
+        speed, left = tokens / seconds, seconds / step * (self.steps - step)
+        bpb = "" if bpb is None else f"{bpb:.4f}"
+        row = [f"{seconds:.2f}", f"{loss:.4f}", bpb, f"{lr:.6f}", f"{norm:.4f}", f"{speed:.0f}"]
+        self.rows.writerow([step, tokens, *row])
         self.file.flush()
-        bpb = f"{row['val_bpb']:8.4f}" if row["val_bpb"] is not None else " " * 8
-        left = row["seconds"] / row["step"] * (self.steps - row["step"])
-        line = f"{row['step']:8,} {row['train_loss']:8.4f} {bpb} {row['lr']:8.5f} "
-        line += f"{row['tokens_per_second']:9,.0f} {left // 60:3.0f}:{left % 60:02.0f}"
-        if row["val_bpb"] is not None:
-            print(f"\r{line}", flush=True)
-        elif sys.stdout.isatty():
-            print(f"\r{line}", end="", flush=True)
+        line = f"{step:8,} {loss:8.4f} {bpb:>8} {lr:8.5f} {speed:9,.0f} {left // 60:3.0f}:{left % 60:02.0f}"
+        if bpb or sys.stdout.isatty():  # on a terminal, the next line overwrites one without bpb
+            print(f"\r{line}", end="\n" if bpb else "", flush=True)
 
 
-def train(run, tokenizer, train_tokens, val_tokens, out, device):
+def train(run, tokenizer, train_tokens, val_tokens, out, device, stop_asked=lambda: False):
     """The training loop. Leaves the model and log.csv in `out`; returns (model, bits per byte, last step)."""
     model, optimizers = build(run, tokenizer.vocab_size, device)
     blocks = Blocks(train_tokens, run.block_size, run.seed)
     bytes_per_token = tokenizer.bytes_per_token
     save_model(model, tokenizer, out)
-    log, stop_asked = Log(out / "log.csv", run.steps), catch_signals()
+    log = Log(out / "log.csv", run.steps)
     loss_sum, logged, start = 0.0, 0, time.perf_counter()
     for step in range(1, run.steps + 1):
         ids, targets = blocks.batch((step - 1) * run.batch_size, run.batch_size)
@@ -351,24 +342,20 @@ def train(run, tokenizer, train_tokens, val_tokens, out, device):
         loss, norm = training_step(model, optimizers, ids, targets, share, run)
         loss_sum += loss  # on the device: the host does not wait for every step
         last = step == run.steps or stop_asked()
-        if not last and step % run.log_every:
+        evaluate = last or step % run.eval_every == 0
+        if not evaluate and step % run.log_every:
             continue
         mean_loss = float(loss_sum) / (step - logged)  # over all steps since the last line
         if not math.isfinite(mean_loss):
-            raise ValueError(
-                f"the loss is {mean_loss} at step {step}: try a lower --lr. {out} is from before"
-            )
+            raise ValueError(f"the loss is {mean_loss} at step {step}: try a lower --lr; {out} is still good")
         bpb = None
-        if last or step % run.eval_every == 0:
-            n_blocks = None if last else EVAL_TOKENS // run.block_size
+        if evaluate:
+            n_blocks = None if last else max(1, EVAL_TOKENS // run.block_size)
             with precision(run, device):
                 bpb = bits_per_byte(model, val_tokens, bytes_per_token, n_blocks)
             save_model(model, tokenizer, out)
         seconds, tokens = time.perf_counter() - start, step * ids.numel()
-        log.write(
-            step=step, tokens=tokens, seconds=seconds, train_loss=mean_loss, val_bpb=bpb,
-            lr=share * run.lr, grad_norm=norm.item(), tokens_per_second=tokens / seconds,
-        )  # fmt: skip
+        log.write(step, tokens, seconds, mean_loss, bpb, share * run.lr, norm.item())
         loss_sum, logged = 0.0, step
         if last:
             return model, bpb, step
@@ -386,8 +373,8 @@ def plan(args, tokenizer, train_tokens, n_val, device):
         preset=args.preset or ("nano" if on_cpu else "small"),
         seed=args.seed,
         steps=args.steps,
-        block_size=args.block_size or (64 if on_cpu else 1024),
-        batch_size=args.batch_size or (32 if on_cpu else 128),
+        block_size=args.block_size or (128 if on_cpu else 1024),
+        batch_size=args.batch_size or (16 if on_cpu else 128),
         lr=args.lr or 0.03,
         weight_decay=0.1,
         warmup=1,
@@ -461,7 +448,8 @@ def main():
     print(f"{'data':10}{args.data}: {len(train_tokens):,} tokens for training, {len(val_tokens):,} held out")
     run = plan(args, tokenizer, train_tokens, len(val_tokens), device)
     move_aside(out)
-    model, bpb, step = train(run, tokenizer, train_tokens, val_tokens, out, device)
+    with catch_signals() as stop_asked:
+        model, bpb, step = train(run, tokenizer, train_tokens, val_tokens, out, device, stop_asked)
     print(f"\n{bpb:.4f} bits per byte of held-out text after {step:,} steps; the model is in {out}/")
     if step < run.steps:
         sys.exit(130)

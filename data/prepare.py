@@ -339,8 +339,8 @@ def write_tokens(pieces, tokenizer, folder, n_bytes):
     progress = Progress("encoding", n_bytes)
     with ThreadPoolExecutor() as pool:
         encode = partial(encode_pieces, tokenizer=tokenizer)
-        batches = batches_of(pieces, 2**20, lambda piece: len(piece[1] or ""))
-        for encoded in map_ahead(pool, encode, batches, ahead=2 * os.cpu_count()):
+        batches = batches_of(pieces, 2**16, lambda piece: len(piece[1] or ""))
+        for encoded in map_ahead(pool, encode, batches, ahead=os.cpu_count()):
             for split, ids in encoded.items():
                 writers[split].write(ids)
                 counts["documents"][split] += int((ids == end).sum())

@@ -4,8 +4,11 @@ import csv
 import json
 import math
 import os
+import resource
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -137,7 +140,7 @@ def test_a_run_learns_logs_and_leaves_a_model_that_opens(prepared, tmp_path):
     assert result.returncode == 0, result.stderr
     with open(tmp_path / "out/log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert rows[-1]["step"] == "60" and rows[-1]["tokens"] == str(60 * 8 * 64)
+    assert rows[-1]["step"] == "60" and rows[-1]["tokens"] == str(60 * 8 * 128)
     assert float(rows[0]["train_loss"]) == pytest.approx(math.log(320), rel=0.1)
     assert float(rows[-1]["train_loss"]) < 2
     assert [name for name in rows[0] if "bpb" in name] == ["val_bpb"]
@@ -170,6 +173,45 @@ def test_a_budget_in_minutes_is_kept(prepared, tmp_path):
     assert 1 < seconds < 30  # 6 are asked for; a busy machine may take longer
 
 
+def test_ctrl_c_finishes_the_step_and_saves(prepared, tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        "--data",
+        prepared,
+        "--steps",
+        "100000",
+        "--eval-every",
+        "100",
+    ]
+    process = subprocess.Popen(
+        [*command, "--out", tmp_path / "out"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    log = tmp_path / "out/log.csv"
+    while not log.exists() or log.read_text().count("\n") < 3:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == b""
+    assert list(csv.DictReader(log.open()))[-1]["val_bpb"]
+    Transformer.load(tmp_path / "out")
+
+
+def test_a_full_disk_ends_in_one_line(prepared, tmp_path):
+    def limit():  # on the size of a file: what a full disk looks like from inside
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+    result = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--data", prepared, "--steps", "5", "--out", tmp_path / "out"],
+        capture_output=True, text=True, preexec_fn=limit,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -196,7 +238,7 @@ def test_damaged_data_is_named(prepared, tmp_path):
     with pytest.raises(ValueError, match="train.bin is missing or cut off"):
         stage.load_data(folder)
     (folder / "train.bin").write_bytes(raw[:-2])
-    with pytest.raises(ValueError, match="train.bin holds .* prepare it again"):
+    with pytest.raises(ValueError, match="train.bin has .* prepare it again"):
         stage.load_data(folder)
     (folder / "train.bin").write_bytes(raw)
     meta = json.loads((folder / "meta.json").read_text())
