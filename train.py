@@ -80,8 +80,7 @@ def permute(i, n, key):
 
 
 class Blocks:
-    """The order of training: blocks of T + 1 tokens, every epoch all of them, shuffled anew and cut at
-    another phase.
+    """The order of training: every epoch all blocks of T + 1 tokens, shuffled anew and cut at another phase.
 
     A position in it is one integer, the number of blocks read so far.
     """
@@ -217,6 +216,8 @@ def load_data(folder):
         n = meta["tokens"][split]
         if len(tokens) != n:
             raise ValueError(f"{folder}/{split}.bin has {len(tokens):,} tokens, not {n:,}: prepare it again")
+        if n < 3:
+            raise ValueError(f"{folder}/{split}.bin has {n} tokens, too few to predict any: take more text")
     return tokenizer, *splits
 
 
@@ -397,17 +398,14 @@ def plan(args, tokenizer, train_tokens, n_val, device):
         say("steps", f"{run.steps:,}: one takes {1000 * step:.0f} ms, there are {args.minutes:g} minutes")
     epochs = run.steps * per_step / len(train_tokens)
     say("batch", f"{run.batch_size} blocks of {run.block_size} tokens, {epochs:.1f} epochs over the text")
-    if args.dropout is None and epochs > 5:
+    if args.dropout is None and epochs > 10:
         run.dropout = 0.1
-        say("dropout", "0.1, since text that is seen more often than five times is learned by heart")
+        say("dropout", "0.1, since text that is seen more often than ten times is learned by heart")
     run.warmup = max(1, min(50, run.steps // 5))
     run.eval_every = run.eval_every or max(1, run.steps // N_EVALS)
     run.log_every = max(1, run.eval_every // 10)
     say("rates", f"Muon {run.lr:g}, AdamW {run.lr / 10:g}: {run.warmup} steps up, the last 60 % down to zero")
-    say(
-        "start",
-        f"an even guess has a loss of ln {tokenizer.vocab_size} = {math.log(tokenizer.vocab_size):.2f}",
-    )
+    say("start", f"a loss of {math.log(tokenizer.vocab_size):.2f} = ln {tokenizer.vocab_size}: an even guess")
     return run
 
 
