@@ -6,6 +6,7 @@ python sample.py --model DIR --prompt "def " -n 4 --temperature 0.8 --top-p 0.9
 
 import argparse
 import codecs
+import os
 import sys
 import time
 from pathlib import Path
@@ -128,7 +129,7 @@ def main():
     args = parser.parse_args()
     folder = Path(args.model) if args.model else newest_model()
     model, tokenizer = load(folder, args.device)
-    print(f"{folder}: {model.config.num_params():,} parameters", file=sys.stderr)
+    print(f"{os.path.relpath(folder)}: {model.config.num_params():,} parameters", file=sys.stderr)
     settings = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
     for seed in range(args.seed, args.seed + args.n):
         start, made = time.time(), 0

@@ -228,7 +228,7 @@ def move_aside(folder):
         while (aside := folder.with_name(f"{folder.name}.{k}")).exists():
             k += 1
         folder.rename(aside)
-        print(f"{folder} existed and is now {aside}")
+        print(f"{os.path.relpath(folder)} existed and is now {os.path.relpath(aside)}")
 
 
 def save_model(model, tokenizer, folder):
@@ -448,13 +448,15 @@ def main():
     move_aside(out)
     with catch_signals() as stop_asked:
         model, bpb, step = train(run, tokenizer, train_tokens, val_tokens, out, device, stop_asked)
-    print(f"\n{bpb:.4f} bits per byte of held-out text after {step:,} steps; the model is in {out}/")
+    print(
+        f"\n{bpb:.4f} bits per byte of held-out text after {step:,} steps; the model is in {os.path.relpath(out)}/"
+    )
     if step < run.steps:
         sys.exit(130)
     print("\nA sample:\n")
     for piece in stream(model.eval(), tokenizer, "", max_new_tokens=150):
         print(piece, end="", flush=True)
-    print(f"\n\nnext: python sample.py --model {out}")
+    print(f"\n\nnext: python sample.py --model {os.path.relpath(out)}")
 
 
 if __name__ == "__main__":

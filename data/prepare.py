@@ -122,7 +122,7 @@ def stdlib_files():
     """The .py files of this Python's standard library, without tests, tables and generated text."""
     folder = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "__pycache__"}
-    left_out |= {"encodings", "pydoc_data", "stringprep.py"}
+    left_out |= {"encodings", "pydoc_data", "stringprep.py", "entities.py"}
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).parts
         if left_out.isdisjoint(parts) and not parts[0].startswith(("_sysconfigdata", "config-")):
@@ -392,7 +392,7 @@ def prepare(sources, name=None, vocab_size=None, tokenizer=None, field="text"):
     for part in ("train", "val"):
         documents, tokens, n_bytes = (meta[name][part] for name in ("documents", "tokens", "bytes"))
         ratio = f"{n_bytes / tokens:.2f} bytes per token"
-        print(f"{folder}/{part}.bin: {tokens:,} tokens, {ratio}, {documents:,} documents")
+        print(f"{os.path.relpath(folder)}/{part}.bin: {tokens:,} tokens, {ratio}, {documents:,} documents")
     return folder
 
 

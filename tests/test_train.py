@@ -160,7 +160,7 @@ def test_the_same_seed_gives_the_same_digits_and_no_run_is_overwritten(prepared,
             "--data", prepared, "--steps", 12, "--batch-size", 4, "--seed", 1, "--out", tmp_path / "out"
         )
         assert result.returncode == 0, result.stderr
-    assert f"{tmp_path / 'out'} existed and is now {tmp_path / 'out.1'}" in result.stdout
+    assert "out existed and is now" in result.stdout
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "out.1" / name).read_bytes()
 
