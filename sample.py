@@ -86,6 +86,17 @@ def generate(
         yield [None if end else new for end, new in zip(ended, drawn)]
 
 
+def choose_device(name=None):
+    """The device of that name or, without one, the fastest of this machine. ValueError: it is not there."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from None
+    return name
+
+
 def newest_model():
     """The folder under out/ whose model was saved last."""
     found = sorted(OUT.glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
@@ -125,10 +136,10 @@ def main():
     add("--temperature", type=float, default=0.8, help="0: always the likeliest token (0.8)")
     add("--top-p", type=float, default=0.9, help="draw from the likeliest tokens that reach this (0.9)")
     add("--seed", type=int, default=0, help="equal seeds draw equal samples (0)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
+    add("--device", help="cpu, cuda or mps (the fastest that there is)")
     args = parser.parse_args()
     folder = Path(args.model) if args.model else newest_model()
-    model, tokenizer = load(folder, args.device)
+    model, tokenizer = load(folder, choose_device(args.device))
     print(f"{os.path.relpath(folder)}: {model.config.num_params():,} parameters", file=sys.stderr)
     settings = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
     for seed in range(args.seed, args.seed + args.n):

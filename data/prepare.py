@@ -149,11 +149,12 @@ def download(url, sha256=None):
     path = DATA / "downloads" / url.rsplit("/", 1)[1]
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
     digest, done = hashlib.sha256(), 0
     try:
-        with urllib.request.urlopen(url, timeout=30) as response, open(unfinished, "wb") as file:
+        response = urllib.request.urlopen(url, timeout=30)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with response, open(unfinished, "wb") as file:
             total = int(response.headers.get("Content-Length") or 0)
             progress = Progress(f"downloading {path.name}", total)
             while block := response.read(2**20):

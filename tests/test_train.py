@@ -218,6 +218,7 @@ def test_a_full_disk_ends_in_one_line(prepared, tmp_path):
         (["--data", "nowhere"], "no data named 'nowhere': prepared are "),
         (["--minutes", "0"], "--minutes 0.0 must be above 0"),
         (["--steps", "-1"], "--steps -1 must be above 0"),
+        (["--device", "tpu9"], "there is no device 'tpu9' here"),
         (["--dropout", "1"], "--dropout 1.0 must be at least 0 and below 1"),
         (["--data", "test-train", "--steps", "1", "--block-size", "100000"], "too few for blocks of 100000"),
         (["--data", "test-train", "--steps", "1", "--out", "/proc/nowhere"], "/proc/nowhere"),
