@@ -325,8 +325,9 @@ class Log:
         self.rows.writerow([step, tokens, *row])
         self.file.flush()
         line = f"{step:8,} {loss:8.4f} {bpb:>8} {lr:8.5f} {speed:9,.0f} {left // 60:3.0f}:{left % 60:02.0f}"
-        if bpb or sys.stdout.isatty():  # on a terminal, the next line overwrites one without bpb
-            print(f"\r{line}", end="\n" if bpb else "", flush=True)
+        terminal = sys.stdout.isatty()
+        if bpb or terminal:  # on a terminal, a line without bpb is overwritten by the next
+            print("\r" * terminal + line, end="\n" if bpb else "", flush=True)
 
 
 def train(run, tokenizer, train_tokens, val_tokens, out, device, stop_asked=lambda: False):
