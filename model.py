@@ -47,6 +47,9 @@ class Config:
     rope_scaling: dict | None = None  # Llama 3.1
 
     def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if self.n_embd % self.n_head and not self.head_dim:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
@@ -345,7 +348,8 @@ class Transformer(nn.Module):
     def loss(self, ids, targets, reduction="mean"):
         """Cross-entropy in nats, "mean" or "sum", of targets (B, T) given ids (B, T); -100 is left out."""
         x, targets = self.hidden(ids).flatten(0, 1), targets.flatten()
-        total = HeadLoss.apply(x, self.lm_head.weight, targets)
+        weight = self.lm_head.weight
+        total = HeadLoss.apply(x, weight if torch.is_grad_enabled() else weight.detach(), targets)
         return total / (targets != -100).sum() if reduction == "mean" else total
 
     def save(self, folder, tokenizer=None):
@@ -434,6 +438,9 @@ def config_from_json(settings):
         if value not in supported:
             raise ValueError(f"{field} {value!r} in config.json is not supported, only {supported}")
     values = {ours: settings[theirs] for ours, theirs in JSON_NAMES.items() if theirs in settings}
+    needed = ("vocab_size", "n_layer", "n_head", "n_embd", "n_hidden")
+    if missing := [JSON_NAMES[name] for name in needed if name not in values]:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
     values["rope_theta"] = rope.get("rope_theta") or values.get("rope_theta") or 10000.0
     values["rope_scaling"] = rope if rope_type == "llama3" else None
     values["head_dim"] = values.get("head_dim") or 0
@@ -469,8 +476,11 @@ def load_safetensors(path):
     """Read {name: tensor}. The tensors lie in the mapped file: pages are read when they are touched."""
     with open(path, "rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
+    try:
+        (length,) = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + length])
+    except (struct.error, ValueError):
+        raise ValueError(f"{path} is no safetensors file") from None
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():

@@ -6,6 +6,7 @@ python sample.py --model DIR --prompt "def " -n 4 --temperature 0.8 --top-p 0.9
 
 import argparse
 import codecs
+import math
 import os
 import sys
 import time
@@ -34,7 +35,8 @@ def choose(logits, temperature, top_p, generator):
     """Draw one id per row of logits (B, V); temperature 0 takes the most likely one."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature  # no overflow, however cold
     if top_p < 1:
         logits = filter_top_p(logits, top_p)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
@@ -49,8 +51,8 @@ def generate(
     A row that draws one of stop_ids has ended: it yields None from then on. Ids from vocab_size on are never
     drawn. A row that outgrows the context goes on from its last half. Unusable settings raise ValueError.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature {temperature} is negative: 0 takes the likeliest token, 1 draws as is")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature {temperature} must be 0, which takes the likeliest token, or above")
     if not 0 < top_p <= 1:
         raise ValueError(f"top-p {top_p} is outside (0, 1]")
     if not prompts or not all(prompts):
@@ -65,7 +67,7 @@ def generate(
     for _ in range(max_new_tokens):
         if cache is None or cache.span == cache.max_len:
             if cache is not None:
-                rows = [row[-(context // 2) :] for row in rows]
+                rows = [row[-max(1, context // 2) :] for row in rows]
             lengths = [len(row) for row in rows]
             longest = max(lengths)
             ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
@@ -118,7 +120,8 @@ def load(folder, device="cpu"):
 
 def stream(model, tokenizer, prompt, **settings):
     """Yield the continuation of a text as it is made, never half a character. No prompt: a new document."""
-    ids = tokenizer.encode(prompt) or [tokenizer.special_tokens["<|endoftext|>"]]
+    end = tokenizer.special_tokens.get("<|endoftext|>")
+    ids = tokenizer.encode(prompt) or ([] if end is None else [end])
     settings |= {"stop_ids": tokenizer.special_tokens.values(), "vocab_size": tokenizer.vocab_size}
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for (new,) in generate(model, [ids], **settings):
@@ -138,9 +141,13 @@ def main():
     add("--seed", type=int, default=0, help="equal seeds draw equal samples (0)")
     add("--device", help="cpu, cuda or mps (the fastest that there is)")
     args = parser.parse_args()
+    if args.n < 1 or args.max_new_tokens < 1 or not 0 <= args.seed < 2**63:
+        raise ValueError("-n and --max-new-tokens must be at least 1, --seed from 0 to 2^63 - 1")
     folder = Path(args.model) if args.model else newest_model()
     model, tokenizer = load(folder, choose_device(args.device))
     print(f"{os.path.relpath(folder)}: {model.config.num_params():,} parameters", file=sys.stderr)
+    if len(tokenizer.encode(args.prompt)) > model.config.block_size:
+        print(f"the prompt is cut to its last {model.config.block_size} tokens", file=sys.stderr)
     settings = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
     for seed in range(args.seed, args.seed + args.n):
         start, made = time.time(), 0

@@ -51,10 +51,8 @@ CHAT_TEMPLATE = (
 
 
 def read_parts(path, size=2**18):
-    """Yield a file's bytes in parts of about `size`, cut where no chunk is cut: before a line that starts
-    with no blank.
-
-    Where there is no such line for long, the cut is made before any character.
+    """Yield a file's bytes in parts of about `size`, cut before a line that starts with an ASCII character
+    that is no blank: there the GPT-4 pattern cuts too. Where no such line comes, cut before any character.
     """
     with open(path, "rb") as file:
         rest = b""
@@ -97,7 +95,10 @@ def compile_splitter(pattern):
     written out for it as ranges of characters below U+10000. A text with characters beyond, or a pattern that
     `re` can't say, is left to `regex`.
     """
-    exact = regex.compile(pattern)
+    try:
+        exact = regex.compile(pattern)
+    except regex.error as error:
+        raise ValueError(f"the split pattern {pattern} is no regular expression: {error}") from None
     if exact.groups:
         raise ValueError(
             f"the split pattern has a capturing group: write (?:...) instead of (...): {pattern}"
@@ -188,7 +189,7 @@ def learn_merges(chunks, n_merges):
         new = chr(256 + len(merges))
         merges.append((ord(left), ord(right)))
         created = set()
-        for i in where.pop(pair):
+        for i in dict.fromkeys(where.pop(pair)):  # each word once, in order
             pieces = words[i].split(pair)
             if len(pieces) == 1:  # an earlier merge took this one
                 continue
@@ -287,7 +288,7 @@ class Tokenizer:
         try:
             chunks = count_all_chunks(documents, pattern, processes)
             if not chunks:
-                raise ValueError("there is no text to learn a vocabulary from")
+                raise ValueError("there is no training text to learn a vocabulary from")
             log(f"{sum(chunks.values()):,} chunks, {len(chunks):,} different")
             merges = learn_merges(chunks, vocab_size - least)
         finally:

@@ -41,7 +41,8 @@ class Tokens:
     def __init__(self, folder, split, dtype):
         single = Path(folder) / f"{split}.bin"
         paths = [single] if single.exists() else sorted(Path(folder).glob(f"{split}_*.bin"))
-        if not paths or any(path.stat().st_size % np.dtype(dtype).itemsize for path in paths):
+        sizes = [path.stat().st_size for path in paths]
+        if not paths or 0 in sizes or any(size % np.dtype(dtype).itemsize for size in sizes):
             raise ValueError(f"{single} is missing or cut off: prepare the data again")
         self.parts = [np.memmap(path, dtype=dtype, mode="r") for path in paths]
         self.starts = np.cumsum([0] + [len(part) for part in self.parts])
@@ -194,7 +195,7 @@ def default_dtype(device):
 def find_data(name):
     """The folder of prepared data; a known corpus is prepared now if it is missing."""
     folder = DATA / name
-    if not (folder / "meta.json").exists():
+    if Path(name).name != name or not (folder / "meta.json").exists():
         if name not in SOURCES:
             ready = ", ".join(sorted(path.parent.name for path in DATA.glob("*/meta.json"))) or "none"
             raise ValueError(
@@ -207,28 +208,32 @@ def find_data(name):
 
 def load_data(folder):
     """Open prepared data: (tokenizer, training tokens, validation tokens). Damaged data: ValueError."""
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        fingerprint, dtype, n_tokens = meta["tokenizer"], meta["dtype"], meta["tokens"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{folder}/meta.json is damaged: prepare the data again") from None
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    if tokenizer.fingerprint != meta["tokenizer"]:
+    if tokenizer.fingerprint != fingerprint:
         raise ValueError(f"{folder}/tokenizer.json is not the tokenizer that made the data: prepare it again")
-    splits = [Tokens(folder, split, meta["dtype"]) for split in ("train", "val")]
-    for split, tokens in zip(("train", "val"), splits):
-        n = meta["tokens"][split]
+    splits = [Tokens(folder, split, dtype) for split in ("train", "val")]
+    for (split, n), tokens in zip(n_tokens.items(), splits):
         if len(tokens) != n:
             raise ValueError(f"{folder}/{split}.bin has {len(tokens):,} tokens, not {n:,}: prepare it again")
-        if n < 3:
-            raise ValueError(f"{folder}/{split}.bin has {n} tokens, too few to predict any: take more text")
     return tokenizer, *splits
 
 
-def move_aside(folder):
-    """Never overwrite: rename an existing folder to the first free NAME.1, NAME.2 ..., aloud."""
+def make_room(folder):
+    """Make an empty folder; a model that is there is renamed to the first free NAME.1, NAME.2 ..., aloud."""
     if folder.exists() and any(folder.iterdir()):
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{folder} exists and holds no model: choose another --out")
         k = 1
         while (aside := folder.with_name(f"{folder.name}.{k}")).exists():
             k += 1
         folder.rename(aside)
         print(f"{os.path.relpath(folder)} existed and is now {os.path.relpath(aside)}")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def save_model(model, tokenizer, folder):
@@ -319,12 +324,12 @@ class Log:
 
     def write(self, step, tokens, seconds, loss, bpb, lr, norm):
         """Add a line; bpb may be None. seconds: since the start."""
-        speed, left = tokens / seconds, seconds / step * (self.steps - step)
+        speed, left = tokens / seconds, round(seconds / step * (self.steps - step))
         bpb = "" if bpb is None else f"{bpb:.4f}"
         row = [f"{seconds:.2f}", f"{loss:.4f}", bpb, f"{lr:.6f}", f"{norm:.4f}", f"{speed:.0f}"]
         self.rows.writerow([step, tokens, *row])
         self.file.flush()
-        line = f"{step:8,} {loss:8.4f} {bpb:>8} {lr:8.5f} {speed:9,.0f} {left // 60:3.0f}:{left % 60:02.0f}"
+        line = f"{step:8,} {loss:8.4f} {bpb:>8} {lr:8.5f} {speed:9,.0f} {left // 60:3}:{left % 60:02}"
         terminal = sys.stdout.isatty()
         if bpb or terminal:  # on a terminal, a line without bpb is overwritten by the next
             print("\r" * terminal + line, end="\n" if bpb else "", flush=True)
@@ -348,13 +353,16 @@ def train(run, tokenizer, train_tokens, val_tokens, out, device, stop_asked=lamb
         if not evaluate and step % run.log_every:
             continue
         mean_loss = float(loss_sum) / (step - logged)  # over all steps since the last line
-        if not math.isfinite(mean_loss):
-            raise ValueError(f"the loss is {mean_loss} at step {step}: try a lower --lr; {out} is still good")
         bpb = None
         if evaluate:
             n_blocks = None if last else max(1, EVAL_TOKENS // run.block_size)
             with precision(run, device):
                 bpb = bits_per_byte(model, val_tokens, bytes_per_token, n_blocks)
+        if not math.isfinite(mean_loss + norm.item() + (bpb or 0)):
+            raise ValueError(
+                f"the loss diverged before step {step}: try a lower --lr; {out} is from before that"
+            )
+        if evaluate:
             save_model(model, tokenizer, out)
         seconds, tokens = time.perf_counter() - start, step * ids.numel()
         log.write(step, tokens, seconds, mean_loss, bpb, share * run.lr, norm.item())
@@ -393,9 +401,13 @@ def plan(args, tokenizer, train_tokens, n_val, device):
     if run.steps is None:
         step = measure_speed(run, tokenizer.vocab_size, blocks, device)
         seconds = 60 * args.minutes
-        # A forward pass is a third of a step; evaluations may take half of the time at most.
-        evaluations = (N_EVALS * EVAL_TOKENS + n_val) * step / (3 * per_step)
-        run.steps = max(1, int((seconds - min(evaluations, seconds / 2)) / step))
+        # A forward pass is a third of a step; the last evaluation may take half of the time at most.
+        last_evaluation = min(seconds / 2, n_val * step / (3 * per_step))
+        if run.eval_every is None:
+            seconds -= min(seconds / 4, N_EVALS * EVAL_TOKENS * step / (3 * per_step))
+        else:
+            step += EVAL_TOKENS * step / (3 * per_step) / run.eval_every
+        run.steps = max(1, int((seconds - last_evaluation) / step))
         say("steps", f"{run.steps:,}: one takes {1000 * step:.0f} ms, there are {args.minutes:g} minutes")
     epochs = run.steps * per_step / len(train_tokens)
     say("batch", f"{run.batch_size} blocks of {run.block_size} tokens, {epochs:.1f} epochs over the text")
@@ -403,7 +415,7 @@ def plan(args, tokenizer, train_tokens, n_val, device):
         run.dropout = 0.1
         say("dropout", "0.1, since text that is seen more often than ten times is learned by heart")
     run.warmup = max(1, min(50, run.steps // 5))
-    run.eval_every = run.eval_every or max(1, run.steps // N_EVALS)
+    run.eval_every = run.eval_every or math.ceil(run.steps / N_EVALS)
     run.log_every = max(1, run.eval_every // 10)
     say("rates", f"Muon {run.lr:g}, AdamW {run.lr / 10:g}: {run.warmup} steps up, the last 60 % down to zero")
     say("start", f"a loss of {math.log(tokenizer.vocab_size):.2f} = ln {tokenizer.vocab_size}: an even guess")
@@ -434,6 +446,8 @@ def parse_arguments():
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed {args.seed} is not from 0 to 2^32 - 1")
     if args.dropout is not None and not 0 <= args.dropout < 1:
         raise ValueError(f"--dropout {args.dropout} must be at least 0 and below 1")
     return args
@@ -443,10 +457,10 @@ def main():
     args = parse_arguments()
     device = choose_device(args.device)
     tokenizer, train_tokens, val_tokens = load_data(find_data(args.data))
-    out = Path(args.out) if args.out else OUT / args.data
+    out = Path(args.out).resolve() if args.out else OUT / args.data
     print(f"{'data':10}{args.data}: {len(train_tokens):,} tokens for training, {len(val_tokens):,} held out")
     run = plan(args, tokenizer, train_tokens, len(val_tokens), device)
-    move_aside(out)
+    make_room(out)
     with catch_signals() as stop_asked:
         model, bpb, step = train(run, tokenizer, train_tokens, val_tokens, out, device, stop_asked)
     place = os.path.relpath(out)

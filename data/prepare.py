@@ -14,13 +14,16 @@ import codecs
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 import sysconfig
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from array import array
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -79,31 +82,34 @@ class Progress:
 # --- documents: pairs of (parts of its text, "train" or "val" where its publisher has decided that) ---
 
 
+def decode(raw, path, damaged):
+    """UTF-8 bytes as text. Stray bytes become U+FFFD and are counted in damaged, {path: number}."""
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        text = raw.decode("utf-8", errors="replace")
+        damaged[path] += text.count("\ufffd")
+        return text
+
+
 def file_parts(path, damaged):
-    """Yield the text of a file piece by piece. Is it not UTF-8, its path is put into `damaged` and its stray
-    bytes become U+FFFD.
-    """
-    for i, raw in enumerate(read_parts(path)):
-        if i == 0:
-            raw = raw.removeprefix(codecs.BOM_UTF8)
-        try:
-            yield raw.decode("utf-8")
-        except UnicodeDecodeError:
-            damaged.add(path)
-            yield raw.decode("utf-8", errors="replace")
+    """Yield the text of a file piece by piece."""
+    for raw in read_parts(path):
+        yield decode(raw, path, damaged)
 
 
-def jsonl_documents(path, field):
+def jsonl_documents(path, field, damaged):
     """A document per line of a .jsonl file: the string under `field`."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)[field]
+                text = json.loads(decode(line, path, damaged))[field]
                 # JSON can spell half of a surrogate pair, which is no character
                 yield [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")], None
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(
                     f"{path}, line {number}: no JSON object with a text under {field!r} ({error!r})"
                 ) from None
@@ -136,7 +142,7 @@ def text_files(paths):
         if not path.exists():
             raise ValueError(f"no file, folder or corpus named {path}; the corpora are {', '.join(SOURCES)}")
         inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        chosen = [p for p in inside if p.suffix in TEXT_SUFFIXES]
+        chosen = [p for p in inside if p.suffix.lower() in TEXT_SUFFIXES]
         files += chosen
         others += len(inside) - len(chosen)
     if others:
@@ -181,7 +187,7 @@ def download(url, sha256=None):
 def find_documents(sources, field, damaged):
     """Return a function that starts a fresh pass over the documents of a named corpus or of paths.
 
-    Each pass puts the files that are not UTF-8 into the set `damaged`.
+    A pass counts the stray bytes of files that are not UTF-8 in `damaged`.
     """
     if sources == ["pystdlib"]:
         files = list(stdlib_files())
@@ -194,8 +200,8 @@ def find_documents(sources, field, damaged):
         for i, path in enumerate(files):
             if sources == ["tinystories"]:
                 yield from story_documents(path, ("train", "val")[i], damaged)
-            elif path.suffix == ".jsonl":
-                yield from jsonl_documents(path, field)
+            elif path.suffix.lower() == ".jsonl":
+                yield from jsonl_documents(path, field, damaged)
             else:
                 yield file_parts(path, damaged), None
 
@@ -220,9 +226,9 @@ def scan(parts):
 class Split:
     """Which text is for training and which is held out for validation.
 
-    Whole documents are held out, those in the lowest buckets, until 5 % of the bytes are reached; of fewer
-    than 20 documents, the last tenth of each. What its publisher has split stays split so. Two bytes are kept
-    per document.
+    Whole documents are held out, the lowest buckets first, until 5 % of the bytes are reached; a document
+    that would make it more than 10 % is passed over. Of fewer than 20 documents, the last tenth of each is
+    held out. What its publisher has split stays split so. Two bytes are kept per document.
     """
 
     def __init__(self, documents):
@@ -239,8 +245,14 @@ class Split:
             if characters and len(self.lengths) < FEW_DOCUMENTS:
                 self.lengths[index] = characters
         self.few = len(self.lengths) < FEW_DOCUMENTS
-        # the last bucket that is held out
-        self.cutoff = int(np.searchsorted(bytes_in_bucket.cumsum(), VAL_SHARE * self.bytes))
+        self.held_out, total = set(), 0
+        for bucket in np.flatnonzero(bytes_in_bucket).tolist():
+            if (
+                total < VAL_SHARE * self.bytes
+                and total + bytes_in_bucket[bucket] <= 2 * VAL_SHARE * self.bytes
+            ):
+                self.held_out.add(bucket)
+                total += bytes_in_bucket[bucket]
 
     def pieces(self, documents):
         """Yield ("train" or "val", text) and, where a document's share ends, ("train" or "val", None)."""
@@ -248,7 +260,7 @@ class Split:
             if self.few and not published:
                 n_train = int(0.9 * self.lengths.get(index, 0))
             else:
-                split = published or ("val" if self.buckets[index] <= self.cutoff else "train")
+                split = published or ("val" if self.buckets[index] in self.held_out else "train")
                 n_train = sys.maxsize if split == "train" else 0
             used = set()
             for part in parts:
@@ -350,8 +362,8 @@ def write_tokens(pieces, tokenizer, folder, n_bytes):
             progress.show(sum(counts["bytes"].values()) / n_bytes)
     for writer in writers.values():
         writer.finish()
-    if 0 in counts["tokens"].values():
-        raise ValueError(f"{n_bytes} bytes of text are too few to train on one part and validate on another")
+    if min(counts["tokens"].values()) < 3:
+        raise ValueError(f"the text ({n_bytes:,} bytes) can't be split into a training and a validation part")
     progress.done(f"{n_bytes / 1e6:.1f} MB -> {sum(counts['tokens'].values()) / 1e6:.2f} M tokens")
     return {**counts, "dtype": dtype.str}
 
@@ -363,22 +375,27 @@ def prepare(sources, name=None, vocab_size=None, tokenizer=None, field="text"):
     stands in data/NAME is complete.
     """
     name = name or Path(sources[0]).resolve().stem
-    folder, unfinished = DATA / name, DATA / f".{name}.unfinished"
-    if Path(name).name != name or name.startswith(".") or name == "downloads":
+    folder = DATA / name
+    if Path(name).name != name or name.startswith(".") or name == "downloads" or not name.isprintable():
         raise ValueError(f"{name!r} can't name a folder under data/")
     if folder.exists() and not (folder / "meta.json").exists():
         raise ValueError(f"{folder} exists and holds no prepared data: choose another --name")
-    damaged = set()
+    if name in SOURCES and sources != [name]:
+        raise ValueError(f"{name} is the name of a known corpus: choose another --name")
+    if tokenizer and END_OF_TEXT not in tokenizer.special_tokens:
+        raise ValueError(f"the tokenizer has no {END_OF_TEXT}, which separates the documents")
+    damaged = Counter()
     documents = find_documents(sources, field, damaged)
     split = Split(documents())
-    for path in sorted(damaged):
-        print(f"{path} is not UTF-8: its stray bytes are read as U+FFFD")
+    for path, count in sorted(damaged.items()):
+        print(f"{path} is not UTF-8: stray bytes in {count} places are read as U+FFFD")
     if not split.bytes:
         raise ValueError(f"there is no text in {', '.join(sources)}")
     if tokenizer is None:
         tokenizer = learn_vocabulary(split.pieces(documents()), split, vocab_size)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    DATA.mkdir(exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=DATA))
+    unfinished.chmod(0o755)
     try:
         meta = {"version": VERSION, "source": sources, "vocab_size": tokenizer.vocab_size}
         meta |= write_tokens(split.pieces(documents()), tokenizer, unfinished, split.bytes)
@@ -386,6 +403,7 @@ def prepare(sources, name=None, vocab_size=None, tokenizer=None, field="text"):
         tokenizer.save(unfinished / "tokenizer.json")
         (unfinished / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         if folder.exists():
+            print(f"{os.path.relpath(folder)} is replaced")
             shutil.rmtree(folder)
         unfinished.rename(folder)
     finally:
@@ -412,9 +430,11 @@ def main():
     add("--tokenizer", metavar="FILE", help="use this tokenizer.json instead of learning a vocabulary")
     add("--field", default="text", help="where the text is in the objects of a .jsonl file (text)")
     args = parser.parse_args()
+    if args.tokenizer and args.vocab_size:
+        raise ValueError("--tokenizer brings its own vocabulary: leave out --vocab-size")
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     folder = prepare(args.sources or ["pystdlib"], args.name, args.vocab_size, tokenizer, args.field)
-    print(f"next: python train.py --data {folder.name}")
+    print(f"next: python train.py --data {shlex.quote(folder.name)}")
 
 
 if __name__ == "__main__":

@@ -62,6 +62,14 @@ def test_what_is_held_out_depends_on_content_alone(tmp_path, data):
     assert set(read_back(stage.prepare([str(tmp_path / "other")]))["val"]) == set(first)
 
 
+def test_a_huge_document_is_not_held_out(tmp_path, data):
+    documents = write_documents(tmp_path / "many", 25, words=2)
+    (tmp_path / "many" / "huge.txt").write_text("a long story\n" * 20000, encoding="utf-8")
+    texts = read_back(stage.prepare([str(tmp_path / "many")]))
+    assert "a long story\n" * 20000 in texts["train"]
+    assert 0 < sum(map(len, texts["val"])) <= sum(map(len, documents))
+
+
 def test_of_few_documents_the_last_tenth_of_each_is_held_out(tmp_path, data):
     documents = write_documents(tmp_path / "few", 3)
     texts = read_back(stage.prepare([str(tmp_path / "few")]))
@@ -175,7 +183,7 @@ def test_the_standard_library_comes_without_tests_and_tables():
 def test_a_file_that_is_not_utf8_is_named_and_still_read(tmp_path, data, capsys):
     (tmp_path / "latin.txt").write_bytes("caf\xe9 ".encode("latin-1") * 100)
     folder = stage.prepare([str(tmp_path / "latin.txt")])
-    assert "latin.txt is not UTF-8" in capsys.readouterr().out
+    assert "latin.txt is not UTF-8: stray bytes in 100 places" in capsys.readouterr().out
     assert "caf\ufffd caf\ufffd" in read_back(folder)["train"][0]
 
 
@@ -212,6 +220,9 @@ def test_other_files_are_passed_over_aloud(tmp_path, data, capsys):
             "258 can't hold the bytes and the special tokens: take 259",
         ),
         (["{tmp}/a.txt", "--name", "../x"], "'../x' can't name a folder"),
+        (["{tmp}/a.txt", "--name", "pystdlib"], "pystdlib is the name of a known corpus"),
+        (["{tmp}/one.txt"], "there is no training text"),
+        (["{tmp}/tiny.txt"], "can't be split into a training and a validation part"),
         (["{tmp}/bad.jsonl"], "bad.jsonl, line 2: no JSON object with a text under 'text'"),
         (
             ["{tmp}/a.txt", "--tokenizer", "{tmp}/bad.jsonl"],
@@ -223,6 +234,8 @@ def test_a_mistake_ends_in_one_line_and_status_2(tmp_path, arguments, message):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "a.txt").write_text("text " * 100)
+    (tmp_path / "one.txt").write_text("x")
+    (tmp_path / "tiny.txt").write_text("tiny")
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"other": 1}\n')
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
     if "--name" not in arguments:

@@ -120,7 +120,7 @@ def test_only_the_text_goes_to_stdout(folder, prompt):
     [
         (["--model", "no/such/folder"], "there is no folder no/such/folder"),
         (["--model", str(ROOT / "tests")], "has no config.json"),
-        (["--temperature", "-1"], "temperature -1.0 is negative"),
+        (["--temperature", "-1"], "temperature -1.0 must be 0"),
         (["--top-p", "0"], "top-p 0.0 is outside (0, 1]"),
     ],
 )

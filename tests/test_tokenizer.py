@@ -1,5 +1,7 @@
 """What tokenizer.py promises: exact merges, lossless text, and a file that the ecosystem reads."""
 
+import random
+import time
 from collections import Counter
 
 import pytest
@@ -48,7 +50,7 @@ texts = st.lists(
 @given(texts)
 def test_merges_equal_those_of_the_textbook_algorithm(texts):
     if not any(texts):
-        with pytest.raises(ValueError, match="no text"):
+        with pytest.raises(ValueError, match="no training text"):
             Tokenizer.train(texts, 300)
         return
     assert Tokenizer.train(texts, 256 + 3 + 40).merges == textbook_merges(texts, 40)
@@ -57,6 +59,14 @@ def test_merges_equal_those_of_the_textbook_algorithm(texts):
 @pytest.mark.parametrize("text", ["aaaa", "aaaaa", "abab", "abababa", "aabaabaa", "a", "", "\n\n\n"])
 def test_overlapping_pairs_are_counted_as_they_merge(text):
     assert Tokenizer.train([text, "xyz"], 256 + 3 + 20).merges == textbook_merges([text, "xyz"], 20)
+
+
+def test_one_very_long_word_takes_no_quadratic_time():
+    start = time.perf_counter()
+    Tokenizer.train(["".join(random.Random(0).choices("ACGT", k=300_000))], 400)
+    assert (
+        time.perf_counter() - start < 30
+    )  # it takes half a second; hours if every occurrence splits the word
 
 
 def test_merges_equal_those_of_rustbpe(shakespeare):

@@ -212,9 +212,27 @@ def test_a_full_disk_ends_in_one_line(prepared, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_diverged_run_keeps_the_last_good_model(prepared, tmp_path):
+    arguments = ["--data", prepared, "--steps", 3, "--eval-every", 1, "--lr", 1e30, "--out", tmp_path / "out"]
+    result = run_script(*arguments)
+    assert result.returncode == 2
+    assert "the loss diverged before step" in result.stderr and "Traceback" not in result.stderr
+    assert all(p.isfinite().all() for p in Transformer.load(tmp_path / "out").parameters())
+
+
+def test_a_folder_that_holds_no_model_is_never_moved(prepared, tmp_path):
+    (tmp_path / "precious").touch()
+    result = run_script("--data", prepared, "--steps", 1, "--out", tmp_path)
+    assert result.returncode == 2
+    assert "exists and holds no model: choose another --out" in result.stderr
+    assert (tmp_path / "precious").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--data", str(prepare.DATA)], "no data named "),
+        (["--seed", "-1"], "--seed -1 is not from 0 to"),
         (["--data", "nowhere"], "no data named 'nowhere': prepared are "),
         (["--minutes", "0"], "--minutes 0.0 must be above 0"),
         (["--steps", "-1"], "--steps -1 must be above 0"),
