@@ -14,6 +14,7 @@ import json
 import math
 import mmap
 import os
+import shutil
 import struct
 import sys
 from dataclasses import asdict, dataclass
@@ -300,7 +301,6 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -328,7 +328,7 @@ class Transformer(nn.Module):
             positions, mask = torch.arange(ids.size(1), device=ids.device), None
         else:
             positions, mask = cache.begin(ids.size(1))
-        angles = positions[..., None] * self.frequencies  # (T, D/2) or (B, 1, T, D/2)
+        angles = positions[..., None] * rope_frequencies(self.config, ids.device)  # (..., T, D/2)
         x = self.model.embed_tokens(ids)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, block in enumerate(self.model.layers):
@@ -353,29 +353,34 @@ class Transformer(nn.Module):
         return total / (targets != -100).sum() if reduction == "mean" else total
 
     def save(self, folder, tokenizer=None):
-        """Write config.json, generation_config.json, model.safetensors and, with a tokenizer, its files."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write config.json, generation_config.json, model.safetensors and, with a tokenizer, its files.
+
+        They are written to a folder inside and then put in place one by one, so that all of them are whole.
+        """
         specials = tokenizer.special_tokens if tokenizer else {}
         ends = [specials[name] for name in ("<|endoftext|>", "<|im_end|>") if name in specials]
         generation = {"bos_token_id": ends[0], "pad_token_id": ends[0], "eos_token_id": ends} if ends else {}
-        settings = config_to_json(self.config) | generation
-        (folder / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2), encoding="utf-8")
-        if tokenizer:
-            tokenizer.save_pretrained(folder)
         weights = self.state_dict()
         if self.config.tie_embeddings:
             del weights["lm_head.weight"]
-        save_safetensors(folder / "model.safetensors", weights)
+        unfinished = Path(folder) / "unfinished"
+        try:
+            unfinished.mkdir(parents=True, exist_ok=True)
+            settings = {"config.json": config_to_json(self.config) | generation}
+            settings["generation_config.json"] = generation
+            for name, value in settings.items():
+                (unfinished / name).write_text(json.dumps(value, indent=2), encoding="utf-8")
+            save_safetensors(unfinished / "model.safetensors", weights)
+            if tokenizer:
+                tokenizer.save_pretrained(unfinished)
+            for path in sorted(unfinished.iterdir()):
+                os.replace(path, unfinished.parent / path.name)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     @classmethod
     def load(cls, folder, device="cpu", dtype=None):
-        """Open a model folder, ours or Hugging Face's. dtype: None keeps what the files hold.
-
-        Raises ValueError, naming what is wrong, for a folder that is no such model or whose settings this
-        code doesn't know.
-        """
+        """Open a model folder, ours or Hugging Face's. dtype None: as in the file. Unusable: ValueError."""
         folder = Path(folder)
         if not (folder / "config.json").exists():
             raise ValueError(f"{folder} is no model folder: it has no config.json")
@@ -393,12 +398,9 @@ class Transformer(nn.Module):
         try:
             model.load_state_dict({name: w.to(device, dtype) for name, w in weights.items()}, assign=True)
         except RuntimeError as mismatch:  # it lists all that is missing, unexpected or of another shape
-            raise ValueError(
-                f"{folder} does not fit its config.json: {' '.join(str(mismatch).split())}"
-            ) from None
+            raise ValueError(f"{folder} is inconsistent: {' '.join(str(mismatch).split())}") from None
         if config.tie_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
-        model.frequencies = rope_frequencies(config, device)
         return model.eval().requires_grad_()
 
 
@@ -453,7 +455,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
 
 
 def save_safetensors(path, tensors):
-    """Write {name: tensor} to a file that appears only when it is complete."""
+    """Write {name: tensor} to a file, down to the disk."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
@@ -462,14 +464,12 @@ def save_safetensors(path, tensors):
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    unfinished = Path(f"{path}.unfinished")
-    with open(unfinished, "wb") as file:
+    with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(unfinished, path)
 
 
 def load_safetensors(path):

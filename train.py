@@ -1,10 +1,12 @@
 """Stage 3: pretraining. Show the model text, measure how surprised it is, and change it to be less so.
 
-loss = -mean log p(next token | tokens before)        weights <- weights - rate * f(gradient of the loss)
+    loss = -mean log p(next token | tokens before)        weights <- weights - rate * f(gradient of the loss)
 
-python train.py                             prepare the default data if missing, train 3 minutes, sample
-python train.py --data NAME --preset small --minutes 30
-python train.py --steps 2000 --seed 1       a fixed number of steps: the same digits every time
+The loop is `train`; what it learns is measured in bits per byte of text that it never trained on.
+
+    python train.py                             prepare the default data if missing, train 3 minutes, sample
+    python train.py --data NAME --preset small --minutes 30
+    python train.py --steps 2000 --seed 1       a fixed number of steps: the same digits every time
 """
 
 import argparse
@@ -12,11 +14,10 @@ import csv
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,8 +65,7 @@ class Tokens:
 def permute(i, n, key):
     """The i-th element of a pseudo-random permutation of range(n), computed, not stored.
 
-    A Feistel network maps numbers of 2b bits one to one, whatever its round function; a result beyond n is
-    mapped again.
+    A Feistel network maps numbers of 2b bits one to one, however it mixes; a result beyond n is mapped again.
     """
     b = max(1, ((n - 1).bit_length() + 1) // 2)
     low = (1 << b) - 1
@@ -81,22 +81,17 @@ def permute(i, n, key):
 
 
 class Blocks:
-    """The order of training: every epoch all blocks of T + 1 tokens, shuffled anew and cut at another phase.
-
-    A position in it is one integer, the number of blocks read so far.
-    """
+    """The order of training: each epoch all blocks of T + 1 tokens, shuffled anew, cut at another phase."""
 
     def __init__(self, tokens, block_size, seed):
         self.tokens, self.block_size, self.seed = tokens, block_size, seed
         self.per_epoch = len(tokens) // block_size - 1
         if self.per_epoch < 1:
-            raise ValueError(
-                f"{len(tokens):,} tokens for training are too few for blocks of {block_size}: "
-                "take more text or a smaller --block-size"
-            )
+            few = f"{len(tokens):,} tokens for training are too few for blocks of {block_size}"
+            raise ValueError(f"{few}: take more text or a smaller --block-size")
 
     def batch(self, position, count):
-        """`count` blocks from `position` on: ids and targets, each (count, T)."""
+        """`count` blocks after the first `position` ones of the run: ids and targets, each (count, T)."""
         T, rows = self.block_size, []
         for p in range(position, position + count):
             epoch, i = divmod(p, self.per_epoch)
@@ -119,12 +114,12 @@ def make_optimizers(model, lr, weight_decay):
     """Muon for the matrices inside the blocks (Jordan et al., 2024), AdamW for the rest.
 
     Muon takes a step along the orthogonal matrix that is nearest to the momentum: all directions of a matrix
-    learn at one pace. Embedding and head are looked up by row and have no such directions.
+    learn at one pace. Its authors leave embedding and head to AdamW, and so do we.
     """
-    layers, everything = list(model.model.layers.parameters()), list(model.parameters())
-    matrices = [p for p in layers if p.ndim == 2]
-    tables = [p for p in everything if p.ndim == 2 and all(p is not q for q in matrices)]
-    vectors = [p for p in everything if p.ndim < 2]
+    parameters = dict(model.named_parameters())  # a tied head comes once
+    matrices = [p for name, p in parameters.items() if p.ndim == 2 and ".layers." in name]
+    tables = [p for name, p in parameters.items() if p.ndim == 2 and ".layers." not in name]
+    vectors = [p for p in parameters.values() if p.ndim < 2]
     groups = [{"params": tables}, {"params": vectors, "weight_decay": 0.0}]
     optimizers = [
         torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay),
@@ -138,7 +133,7 @@ def make_optimizers(model, lr, weight_decay):
 @torch.no_grad()
 def bits_per_byte(model, tokens, bytes_per_token, n_blocks=None, batch_size=32):
     """Nats of predicted tokens / ln 2 / their bytes, over n_blocks evenly spaced blocks (None: all)."""
-    T, device = model.config.block_size, model.frequencies.device
+    T, device = model.config.block_size, model.lm_head.weight.device
     total = (len(tokens) - 2) // T + 1  # the last one may be short
     chosen = np.unique(np.linspace(0, total - 1, min(n_blocks or total, total)).astype(int))
     nats = n_bytes = 0
@@ -180,16 +175,10 @@ class Run:
 
 def default_dtype(device):
     """In which dtype matrices are multiplied fastest, and the reason. Weights and sums stay in float32."""
-    if device == "cuda":
-        return "bfloat16", "this GPU has units for it"
-    if device == "cpu":
-        try:
-            flags = Path("/proc/cpuinfo").read_text()
-        except OSError:
-            flags = ""
-        if "avx512_bf16" in flags or "amx_bf16" in flags:
-            return "bfloat16", "this processor has units for it"
-    return "float32", "this device has no units for less"
+    native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu" and (info := Path("/proc/cpuinfo")).exists():
+        native = any(unit in info.read_text() for unit in ("avx512_bf16", "amx_bf16"))
+    return ("bfloat16", "it has units for that") if native else ("float32", "it has no units for less")
 
 
 def find_data(name):
@@ -198,10 +187,8 @@ def find_data(name):
     if Path(name).name != name or not (folder / "meta.json").exists():
         if name not in SOURCES:
             ready = ", ".join(sorted(path.parent.name for path in DATA.glob("*/meta.json"))) or "none"
-            raise ValueError(
-                f"no data named {name!r}: prepared are {ready}, known are {', '.join(SOURCES)}; "
-                f"your own: `python data/prepare.py PATH --name {name}`"
-            )
+            known = f"prepared are {ready}, known are {', '.join(SOURCES)}"
+            raise ValueError(f"no data named {name!r}: {known}; your own: `python data/prepare.py PATH`")
         prepare([name])
     return folder
 
@@ -236,25 +223,12 @@ def make_room(folder):
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def save_model(model, tokenizer, folder):
-    """Save under another name, then put the files in place one by one: the folder's model always opens."""
-    unfinished = folder / "unfinished"
-    try:
-        model.save(unfinished, tokenizer)
-        for path in sorted(unfinished.iterdir()):
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
 # --- the run ---
 
 
 def precision(run, device):
     """The context in which the model computes: matrix products in run.dtype."""
-    if run.dtype == "float32":
-        return nullcontext()
-    return torch.autocast(device, getattr(torch, run.dtype))
+    return torch.autocast(device, torch.bfloat16, enabled=run.dtype == "bfloat16")
 
 
 def build(run, vocab_size, device):
@@ -267,7 +241,7 @@ def build(run, vocab_size, device):
 
 def training_step(model, optimizers, ids, targets, share, run):
     """One update with `share` of the learning rates. Returns loss and gradient norm, on the device."""
-    device = model.frequencies.device
+    device = model.lm_head.weight.device
     with precision(run, device.type):
         loss = model.loss(ids.to(device), targets.to(device))
     loss.backward()
@@ -286,8 +260,8 @@ def measure_speed(run, vocab_size, blocks, device):
     seconds = []
     for i in range(13):
         start = time.perf_counter()
-        ids, targets = blocks.batch(i * run.batch_size, run.batch_size)
-        loss, _ = training_step(model, optimizers, ids, targets, 0.1, run)
+        batch = blocks.batch(i * run.batch_size, run.batch_size)
+        loss, _ = training_step(model, optimizers, *batch, 0.1, run)
         loss.item()  # waits for the device
         seconds.append(time.perf_counter() - start)
     return sorted(seconds[3:])[5]
@@ -340,7 +314,7 @@ def train(run, tokenizer, train_tokens, val_tokens, out, device, stop_asked=lamb
     model, optimizers = build(run, tokenizer.vocab_size, device)
     blocks = Blocks(train_tokens, run.block_size, run.seed)
     bytes_per_token = tokenizer.bytes_per_token
-    save_model(model, tokenizer, out)
+    model.save(out, tokenizer)
     log = Log(out / "log.csv", run.steps)
     loss_sum, logged, start = 0.0, 0, time.perf_counter()
     for step in range(1, run.steps + 1):
@@ -360,10 +334,10 @@ def train(run, tokenizer, train_tokens, val_tokens, out, device, stop_asked=lamb
                 bpb = bits_per_byte(model, val_tokens, bytes_per_token, n_blocks)
         if not math.isfinite(mean_loss + norm.item() + (bpb or 0)):
             raise ValueError(
-                f"the loss diverged before step {step}: try a lower --lr; {out} is from before that"
+                f"the loss diverged before step {step}: try a lower --lr; {out} is older and good"
             )
         if evaluate:
-            save_model(model, tokenizer, out)
+            model.save(out, tokenizer)
         seconds, tokens = time.perf_counter() - start, step * ids.numel()
         log.write(step, tokens, seconds, mean_loss, bpb, share * run.lr, norm.item())
         loss_sum, logged = 0.0, step
@@ -401,13 +375,10 @@ def plan(args, tokenizer, train_tokens, n_val, device):
     if run.steps is None:
         step = measure_speed(run, tokenizer.vocab_size, blocks, device)
         seconds = 60 * args.minutes
-        # A forward pass is a third of a step; the last evaluation may take half of the time at most.
-        last_evaluation = min(seconds / 2, n_val * step / (3 * per_step))
-        if run.eval_every is None:
-            seconds -= min(seconds / 4, N_EVALS * EVAL_TOKENS * step / (3 * per_step))
-        else:
-            step += EVAL_TOKENS * step / (3 * per_step) / run.eval_every
-        run.steps = max(1, int((seconds - last_evaluation) / step))
+        forward = step / 3 / per_step  # of one token; evaluations go forward only
+        n_evals = N_EVALS if run.eval_every is None else seconds / step / run.eval_every
+        evaluations = forward * (n_evals * EVAL_TOKENS + n_val)
+        run.steps = max(1, int((seconds - min(evaluations, seconds / 2)) / step))
         say("steps", f"{run.steps:,}: one takes {1000 * step:.0f} ms, there are {args.minutes:g} minutes")
     epochs = run.steps * per_step / len(train_tokens)
     say("batch", f"{run.batch_size} blocks of {run.block_size} tokens, {epochs:.1f} epochs over the text")
@@ -446,10 +417,9 @@ def parse_arguments():
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
-    if not 0 <= args.seed < 2**32:
-        raise ValueError(f"--seed {args.seed} is not from 0 to 2^32 - 1")
-    if args.dropout is not None and not 0 <= args.dropout < 1:
-        raise ValueError(f"--dropout {args.dropout} must be at least 0 and below 1")
+    for name, limit in (("seed", 2**32), ("dropout", 1)):
+        if not 0 <= (getattr(args, name) or 0) < limit:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 0 and below {limit}")
     return args
 
 

@@ -8,6 +8,7 @@ import pytest
 import regex
 import rustbpe
 import tokenizers
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -132,6 +133,19 @@ def test_loading_restores_everything_that_decides_the_ids(tmp_path):
     assert loaded.fingerprint == tokenizer.fingerprint
     other = Tokenizer(tokenizer.merges, GPT4_PATTERN, tokenizer.special_tokens)
     assert other.fingerprint != tokenizer.fingerprint
+
+
+def test_the_saved_folder_opens_in_transformers(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "the cat sat — 日本語 12345"
+    assert theirs(text).input_ids == tokenizer.encode(text)
+    assert theirs.decode(tokenizer.encode(text)) == text
+    assert theirs.eos_token_id == tokenizer.special_tokens["<|endoftext|>"]
+    chat = theirs.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_bytes_per_token_adds_up_to_the_text(tokenizer):

@@ -232,7 +232,7 @@ def test_a_folder_that_holds_no_model_is_never_moved(prepared, tmp_path):
     ("arguments", "message"),
     [
         (["--data", str(prepare.DATA)], "no data named "),
-        (["--seed", "-1"], "--seed -1 is not from 0 to"),
+        (["--seed", "-1"], "--seed -1 must be at least 0"),
         (["--data", "nowhere"], "no data named 'nowhere': prepared are "),
         (["--minutes", "0"], "--minutes 0.0 must be above 0"),
         (["--steps", "-1"], "--steps -1 must be above 0"),
