@@ -15,6 +15,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import time
 from contextlib import contextmanager
@@ -254,17 +255,17 @@ def training_step(model, optimizers, ids, targets, share, run):
     return loss.detach(), norm
 
 
-def measure_speed(run, vocab_size, blocks, device):
-    """Seconds that a step takes: the median of throwaway steps on a throwaway model."""
+def measure_speed(run, vocab_size, blocks, device, limit):
+    """Seconds that a step takes: the median of throwaway steps, for `limit` seconds, on a throwaway model."""
     model, optimizers = build(run, vocab_size, device)
     seconds = []
-    for i in range(13):
+    while len(seconds) < 8 or sum(seconds) < limit:
         start = time.perf_counter()
-        batch = blocks.batch(i * run.batch_size, run.batch_size)
+        batch = blocks.batch(len(seconds) * run.batch_size, run.batch_size)
         loss, _ = training_step(model, optimizers, *batch, 0.1, run)
         loss.item()  # waits for the device
         seconds.append(time.perf_counter() - start)
-    return sorted(seconds[3:])[5]
+    return statistics.median(seconds[3:])
 
 
 @contextmanager
@@ -373,8 +374,8 @@ def plan(args, tokenizer, train_tokens, n_val, device):
     say("device", f"{device}, {torch.get_num_threads()} threads; matrix products in {dtype}: {why}")
     per_step = run.batch_size * run.block_size
     if run.steps is None:
-        step = measure_speed(run, tokenizer.vocab_size, blocks, device)
         seconds = 60 * args.minutes
+        step = measure_speed(run, tokenizer.vocab_size, blocks, device, limit=0.03 * seconds)
         forward = step / 3 / per_step  # of one token; evaluations go forward only
         n_evals = N_EVALS if run.eval_every is None else seconds / step / run.eval_every
         evaluations = forward * (n_evals * EVAL_TOKENS + n_val)
