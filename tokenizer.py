@@ -7,13 +7,14 @@ neighbours one new token.
     "the then" -> t h e _ t h e n -> (th) e _ (th) e n -> (the) _ (the) n
 
 Learning is written out below. Applying what was learned is left to tiktoken, a fast library, and the file is
-a Hugging Face `tokenizer.json`, which the whole ecosystem opens.
+a Hugging Face `tokenizer.json`: the whole ecosystem opens ours, and this opens those of GPT-2, Llama 3, Qwen.
 
     python tokenizer.py train PATH... --vocab-size 8192 --out tokenizer.json
     python tokenizer.py show tokenizer.json "text"
 """
 
 import argparse
+import codecs
 import gc
 import hashlib
 import json
@@ -21,10 +22,13 @@ import os
 import re
 import sys
 import time
-from collections import Counter, defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+import unicodedata
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from functools import cache, partial
 from heapq import heapify, heappop, heappush
+from multiprocessing import Pool
 from operator import add
 from pathlib import Path
 
@@ -39,6 +43,7 @@ GPT4_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 # How a conversation becomes text (ChatML), in the language that transformers and vLLM read.
@@ -50,76 +55,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def read_parts(path, size=2**18):
-    """Yield a file's bytes in parts of about `size`, cut before a line that starts with an ASCII character
-    that is no blank: there the GPT-4 pattern cuts too. Where no such line comes, cut before any character.
-    """
-    with open(path, "rb") as file:
-        rest = b""
-        while block := file.read(size):
-            rest += block
-            border = re.match(rb"(?s).*\n(?=[^\s\x80-\xff])", rest)
-            if not border and len(rest) >= 4 * size:
-                border = re.match(rb"(?s).*(?=[\x00-\x7f\xc0-\xff])", rest)
-            if border and border.end():
-                yield rest[: border.end()]
-                rest = rest[border.end() :]
-        if rest:
-            yield rest
-
-
-def map_ahead(executor, function, items, ahead):
-    """Yield function(item) in order, computed up to `ahead` items before they are asked for: memory stays
-    bounded.
-    """
-    waiting = deque()
-    for item in items:
-        waiting.append(executor.submit(function, item))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def unicode_ranges(character_class):
-    """The characters of a class such as \\p{L} below U+10000, as the inside of a [...] for `re`."""
-    plane = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)]))
-    runs = [match.group() for match in regex.finditer(character_class + "+", plane)]
-    return "".join(f"\\u{ord(run[0]):04x}-\\u{ord(run[-1]):04x}" for run in runs)
-
-
-def compile_splitter(pattern):
-    """Return a function that cuts a text into chunks, a list of str.
-
-    The standard library's `re` is about twice as fast as `regex`, but knows no \\p{L}: such classes are
-    written out for it as ranges of characters below U+10000. A text with characters beyond, or a pattern that
-    `re` can't say, is left to `regex`.
-    """
-    try:
-        exact = regex.compile(pattern)
-    except regex.error as error:
-        raise ValueError(f"the split pattern {pattern} is no regular expression: {error}") from None
-    if exact.groups:
-        raise ValueError(
-            f"the split pattern has a capturing group: write (?:...) instead of (...): {pattern}"
-        )
-    pieces, inside = [], False  # inside a [...]
-    for piece in re.findall(r"\\[pP]\{\w+\}|\\.|[\[\]]|[^\\\[\]]+", pattern):
-        if piece in ("[", "]"):
-            inside = piece == "["
-        elif piece.startswith("\\p") or piece == "\\s":
-            piece = unicode_ranges(piece) if inside else f"[{unicode_ranges(piece)}]"
-        elif piece == "\\S" and not inside:
-            piece = f"[^{unicode_ranges(chr(92) + 's')}]"
-        elif piece[0] == "\\" and piece[1].isalpha() and piece[1] not in "rnt":
-            return exact.findall
-        pieces.append(piece)
-    try:
-        fast = re.compile("".join(pieces)).findall
-    except re.error:  # `++` needs Python 3.11
-        return exact.findall
-    beyond = re.compile("[\U00010000-\U0010ffff]").search
-    return lambda text: fast(text) if text.isascii() or not beyond(text) else exact.findall(text)
+# --- learning: text -> chunks -> merges ---
 
 
 def batches_of(items, size, length=len):
@@ -135,50 +71,79 @@ def batches_of(items, size, length=len):
         yield batch
 
 
+def covering(pattern):
+    """The pattern or, where it doesn't match, all up to its next match: no character is lost."""
+    return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+
+
+@cache
+def unicode_ranges(character_class):
+    """The characters of a class such as \\p{L} below U+10000, as the inside of a [...] for `re`."""
+    plane = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)]))
+    runs = [match.group() for match in regex.finditer(character_class + "+", plane)]
+    return "".join(f"\\u{ord(run[0]):04x}-\\u{ord(run[-1]):04x}" for run in runs)
+
+
+@cache
+def compile_splitter(pattern):
+    """Return a function that cuts a text into chunks, a list of str. Raises ValueError for a bad pattern.
+
+    The standard library's `re` is about twice as fast as `regex`, but knows no \\p{L}: such classes are
+    written out for it as ranges of characters below U+10000. A text with characters beyond, or a pattern that
+    `re` can't say, is left to `regex`.
+    """
+    try:
+        exact = regex.compile(covering(pattern))
+    except regex.error as error:
+        raise ValueError(f"the split pattern {pattern} is no regular expression: {error}") from None
+    if exact.groups or exact.match(""):
+        raise ValueError(f"the split pattern has a capturing group or matches the empty text: {pattern}")
+
+    def write_out(match):  # \p{L} -> [ranges], [^\p{L}] -> [^ranges], \S -> [^ranges]
+        written = match.group().replace(r"\S", r"[^\s]")
+        written = re.sub(r"\\p\{\w+\}|\\s", lambda part: unicode_ranges(part.group()), written)
+        return written if "[" in written else f"[{written}]"
+
+    fast = exact
+    if not re.search(r"\\(?![pnrtsS\W])|\[[^\]]*\\S", pattern):  # \w, \d ... mean something else to `re`
+        with suppress(re.error):  # `++` needs Python 3.11
+            fast = re.compile(covering(re.sub(r"\[[^\]]*\]|\\p\{\w+\}|\\[sS]", write_out, pattern)))
+
+    def split(text):
+        if text.isascii():
+            return fast.findall(text)
+        units = text.encode("utf-16-le", "surrogatepass")
+        text = units.decode("utf-16-le", "replace")  # half of a surrogate pair is no character: U+FFFD
+        return (exact if len(units) > 2 * len(text) else fast).findall(text)
+
+    return split
+
+
 def count_chunks(texts, pattern):
     """How often each chunk occurs in a list of texts, as a Counter."""
-    split = compile_splitter(pattern)
-    counts = Counter()
+    split, counts = compile_splitter(pattern), Counter()
     for text in texts:
-        if not text.isascii():  # lone surrogates, which UTF-8 can't write, become U+FFFD
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         counts.update(split(text))
     return counts
 
 
-def count_all_chunks(documents, pattern, processes):
-    """How often each chunk occurs in an iterable of str, which is read once."""
-    count = partial(count_chunks, pattern=pattern)
-    batches = batches_of(documents, 2**22)
-    chunks = Counter()
-    if processes == 1:
-        for counts in map(count, batches):
-            chunks.update(counts)
-    else:
-        with ProcessPoolExecutor(processes) as pool:
-            for counts in map_ahead(pool, count, batches, ahead=2 * processes):
-                chunks.update(counts)
-    return chunks
-
-
-def learn_merges(chunks, n_merges):
-    """Learn up to n_merges merges from {chunk: count}; return them in order as pairs of ids.
+def learn_merges(chunks, n_merges, log):
+    """Learn up to n_merges merges from {chunk: count}; return them in order as pairs of bytes.
 
     The most frequent pair wins, ties go to the smallest (left id, right id). A chunk is kept as a str *whose
     code points are token ids*: a pair is then a str of two characters, a merge is `str.split` and `str.join`,
     and the order of strings is the rule for ties. Only what a merge changes is counted again.
     """
     words = [chunk.encode().decode("latin-1") for chunk in chunks]  # one character a byte
-    counts = list(chunks.values())
-    pair_counts = defaultdict(int)
-    where = defaultdict(list)  # pair -> the words that hold it, or once did
+    count_of = list(chunks.values()).__getitem__  # of a word's number
+    where = defaultdict(list)  # pair -> numbers of the words that hold it, or once did, for each occurrence
     for i, word in enumerate(words):
         for pair in map(add, word, word[1:]):
-            pair_counts[pair] += counts[i]
             where[pair].append(i)
+    pair_counts = {pair: sum(map(count_of, found)) for pair, found in where.items()}
     heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapify(heap)
-    merges = []
+    merges, tokens = [], [bytes([byte]) for byte in range(256)]
     while heap and len(merges) < n_merges:
         count, pair = heappop(heap)
         if pair_counts[pair] != -count:  # counts of old pairs only fall: put it back where it belongs now
@@ -186,229 +151,331 @@ def learn_merges(chunks, n_merges):
                 heappush(heap, (-pair_counts[pair], pair))
             continue
         left, right = pair
-        new = chr(256 + len(merges))
-        merges.append((ord(left), ord(right)))
-        created = set()
+        new = chr(len(tokens))
+        merges.append((tokens[ord(left)], tokens[ord(right)]))
+        tokens.append(b"".join(merges[-1]))
+        before, after = defaultdict(list), defaultdict(list)  # neighbour of the pair -> numbers of the words
+        doubled = []  # words in which the pair's neighbour is the pair, as in "abab"
         for i in dict.fromkeys(where.pop(pair)):  # each word once, in order
             pieces = words[i].split(pair)
             if len(pieces) == 1:  # an earlier merge took this one
                 continue
             words[i] = new.join(pieces)
-            count = counts[i]
-            for k in range(1, len(pieces)):  # each occurrence, between pieces k-1 and k
-                before, after = pieces[k - 1], pieces[k]
-                changes = []
-                if before:
-                    changes.append((before[-1] + left, before[-1] + new))
-                elif k > 1:  # as in "abab": the neighbour was an occurrence too
-                    changes.append((right + left, new + new))
-                if after:
-                    changes.append((right + after[0], new + after[0]))
-                for gone, made in changes:
-                    pair_counts[gone] -= count
-                    pair_counts[made] += count
-                    where[made].append(i)
-                    created.add(made)
+            for head, tail in zip(pieces, pieces[1:]):  # around each occurrence
+                if head:
+                    before[head[-1]].append(i)
+                if tail:
+                    after[tail[0]].append(i)
+            if len(pieces) > 2:
+                doubled += [i] * pieces[1:-1].count("")
+        changes = [(symbol + left, symbol + new, found) for symbol, found in before.items()]
+        changes += [(right + symbol, new + symbol, found) for symbol, found in after.items()]
+        changes += [(right + left, new + new, doubled)] if doubled else []
+        for gone, made, found in changes:
+            count = sum(map(count_of, found))
+            pair_counts[gone] -= count
+            pair_counts[made] = count
+            where[made] = found
+            heappush(heap, (-count, made))
         del pair_counts[pair]
-        for pair in created:
-            heappush(heap, (-pair_counts[pair], pair))
+        if len(merges) % 8192 == 0:
+            log(f"{len(merges):,} of {n_merges:,} merges")
     return merges
 
 
+# --- the file: tokenizer.json ---
+
+
 def byte_symbols():
-    """GPT-2's printable stand-in for each byte, in which tokenizer.json spells its tokens: a list of 256
-    characters.
-    """
+    """GPT-2's printable stand-in for each byte, in which tokenizer.json spells its tokens, as a list."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
 
 
+def tokenizer_json(ids, merges, pattern, special_tokens):
+    """The content of a tokenizer.json. ids {bytes: id}, merges [(bytes, bytes)], special_tokens {text: id}."""
+    symbols = byte_symbols()
+    names = {token: "".join(symbols[byte] for byte in token) for token in ids}
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    split = dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
+    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+    return {
+        "version": "1.0",
+        "added_tokens": [dict(id=i, content=text, **flags) for text, i in special_tokens.items()],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "vocab": {names[token]: i for token, i in ids.items()} | special_tokens,
+            "merges": [[names[left], names[right]] for left, right in merges],
+        },
+    }
+
+
+def read_patterns(pre_tokenizer):
+    """The patterns by which a tokenizer.json cuts text, to be applied one after the other."""
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    patterns = []
+    for step in steps:
+        match step:
+            case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}:
+                patterns.append(pattern)
+            case {"type": "Digits", "individual_digits": alone}:
+                patterns.append(r"\p{N}" if alone else r"\p{N}+")
+            case {"type": "ByteLevel", "add_prefix_space": False} if step is steps[-1]:
+                patterns += [GPT2_PATTERN] if step.get("use_regex", True) else []
+            case _:
+                raise ValueError(f"pre_tokenizer: {json.dumps(step)} is not supported")
+    return patterns or [r"[\s\S]+"]
+
+
+def last_merge(token, ranks):
+    """What a token has fallen into when all merges of lower rank are done: two pieces, if one makes it."""
+    pieces = [token[i : i + 1] for i in range(len(token))]
+    while len(pieces) > 2:
+        found = [ranks.get(left + right, ranks[token]) for left, right in zip(pieces, pieces[1:])]
+        first = min(found)
+        if first == ranks[token]:
+            break
+        i = found.index(first)
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+    return tuple(pieces)
+
+
 class Tokenizer:
-    """A vocabulary at work. Ids: the 256 bytes in byte order, the merges in the order learned, then the
-    special tokens.
+    """A vocabulary at work, from the content of a tokenizer.json. Those learned here number the 256 bytes in
+    byte order, then the merges in the order learned, then the special tokens.
+
+    tokens {id: bytes}, special_tokens {text: id}, vocab_size: one more than the largest id, bytes_per_token
+    (vocab_size,): of text, none for special tokens. Text never becomes a special token; added tokens that are
+    not special are found in it. Raises ValueError, naming the field, for a file that asks for anything else.
     """
 
-    def __init__(self, merges, pattern=GPT4_PATTERN, special_tokens=SPECIAL_TOKENS):
-        self.merges = [tuple(pair) for pair in merges]
-        self.pattern = pattern
-        self.tokens = [bytes([byte]) for byte in range(256)]  # id -> its bytes, without the special tokens
-        for left, right in self.merges:
-            self.tokens.append(self.tokens[left] + self.tokens[right])
-        first = len(self.tokens)
-        self.special_tokens = {text: first + i for i, text in enumerate(special_tokens)}
-        if len(self.special_tokens) != len(special_tokens):
-            raise ValueError(f"a special token is given twice: {', '.join(special_tokens)}")
-        ranks = {token: rank for rank, token in enumerate(self.tokens)}
-        if len(ranks) != first:
-            raise ValueError("two merges make the same token")
-        if clash := [text for text in special_tokens if text.encode() in ranks]:
-            raise ValueError(f"the special token {clash[0]!r} is an ordinary token of this vocabulary too")
+    def __init__(self, document):
+        self.document = document
+        model, added, normalizer = document["model"], document["added_tokens"], document.get("normalizer")
+        known = dict(type="BPE", byte_fallback=False, continuing_subword_prefix="", end_of_word_suffix="")
+        for field, value in known.items():
+            if (model.get(field) or value) != value:
+                raise ValueError(f"model.{field}: {model[field]} is not supported")
+        if normalizer not in (None, {"type": "NFC"}):
+            raise ValueError(f"normalizer: {json.dumps(normalizer)} is not supported")
+        for token in added:
+            odd = token["single_word"] or token["lstrip"] or token["rstrip"]
+            if not token["special"] and (odd or (normalizer and token["normalized"])):
+                raise ValueError(f"added_tokens: {token} is not supported")
+        self._nfc = normalizer is not None
+        self._patterns = read_patterns(document["pre_tokenizer"])
+        self.special_tokens = {token["content"]: token["id"] for token in added if token["special"]}
+        self._literals = {token["content"]: token["id"] for token in added if not token["special"]}
+        byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
+
+        def spell(name):
+            return bytes([byte_of[symbol] for symbol in name])
+
+        others = self.special_tokens | self._literals
+        ids = {spell(name): i for name, i in model["vocab"].items() if name not in others}
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        made = [spell(left) + spell(right) for left, right in pairs]
+        # tiktoken merges any two neighbours that spell a token, the lowest rank first. Where merges were
+        # learned, that is the same: a token always comes out of the same two.
+        self.ranks = {bytes([byte]): byte for byte in range(256)}
+        for token in made + list(ids if model.get("ignore_merges") else ()):
+            self.ranks.setdefault(token, len(self.ranks))
+        if missing := self.ranks.keys() - ids.keys():
+            raise ValueError(f"model.vocab: it lacks {min(missing)!r}, a byte or what a merge makes")
+        self._ids = [ids[token] for token in self.ranks]  # by rank
+        ids |= {text.encode(): i for text, i in self._literals.items()}
+        specials = {i: text.encode() for text, i in self.special_tokens.items()}
+        self.tokens = {i: token for token, i in ids.items()} | specials
+        if len(self.tokens) < len(ids) + len(self.special_tokens):
+            raise ValueError("two tokens have the same id")
+        self.vocab_size = max(self.tokens) + 1
+        self.bytes_per_token = np.zeros(self.vocab_size, dtype=np.int64)
+        self.bytes_per_token[list(ids.values())] = [len(token) for token in ids]
         self._encoding = tiktoken.Encoding(
-            "ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_tokens
+            "ours", pat_str=covering(self._patterns[-1]), mergeable_ranks=self.ranks, special_tokens={}
         )
-
-    @property
-    def vocab_size(self):
-        return len(self.tokens) + len(self.special_tokens)
-
-    @property
-    def bytes_per_token(self):
-        """How many bytes of text each id stands for, (vocab_size,) int64; none for special tokens."""
-        return np.array([len(token) for token in self.tokens] + [0] * len(self.special_tokens))
 
     @property
     def fingerprint(self):
         """A hash of all that decides the ids: two tokenizers with the same one encode alike."""
-        facts = json.dumps([self.merges, self.pattern, self.special_tokens])
-        return hashlib.sha256(facts.encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.document, sort_keys=True).encode()).hexdigest()[:16]
 
     @classmethod
     def train(
-        cls,
-        documents,
-        vocab_size,
-        pattern=GPT4_PATTERN,
-        special_tokens=SPECIAL_TOKENS,
-        processes=1,
-        log=lambda line: None,
+        cls, documents, vocab_size, pattern=GPT4_PATTERN, special_tokens=SPECIAL_TOKENS, processes=1, log=None
     ):
-        """Learn a vocabulary from an iterable of str, read once. `log` is given a line now and then.
+        """Learn a vocabulary from an iterable of str, read once. `log` is called with a line now and then.
 
         When the text runs out of pairs, the vocabulary comes out smaller than asked for. Raises ValueError
         for a vocab_size that can't hold the bytes and the special tokens, and for documents without text.
         """
+        log = log or (lambda line: None)
         least = 256 + len(special_tokens)
         if vocab_size < least:
-            raise ValueError(
-                f"a vocabulary of {vocab_size} can't hold the bytes and the special tokens: take {least}"
-            )
-        collecting = gc.isenabled()
+            raise ValueError(f"a vocabulary of {vocab_size} can't hold the {least} bytes and special tokens")
+        if len(set(special_tokens) - {""}) < len(special_tokens):
+            raise ValueError(f"a special token is empty or given twice: {', '.join(special_tokens)}")
+        chunks, batches = Counter(), batches_of(documents, 2**22)
+        count = partial(count_chunks, pattern=pattern)
+        with Pool(processes) if processes > 1 else nullcontext() as pool:
+            # imap reads on only when a worker takes a batch
+            for n, counts in enumerate(pool.imap(count, batches) if pool else map(count, batches), 1):
+                chunks.update(counts)
+                if n % 16 == 0:
+                    log(f"{n * 2**22 / 1e6:,.0f} million characters, {len(chunks):,} different chunks")
+        if not chunks:
+            raise ValueError("there is no training text to learn a vocabulary from")
+        log(f"{chunks.total():,} chunks, {len(chunks):,} different")
         gc.disable()  # millions of small objects, none of them in cycles
         try:
-            chunks = count_all_chunks(documents, pattern, processes)
-            if not chunks:
-                raise ValueError("there is no training text to learn a vocabulary from")
-            log(f"{sum(chunks.values()):,} chunks, {len(chunks):,} different")
-            merges = learn_merges(chunks, vocab_size - least)
+            merges = learn_merges(chunks, vocab_size - least, log)
         finally:
-            if collecting:
-                gc.enable()
-        tokenizer = cls(merges, pattern, special_tokens)
-        if tokenizer.vocab_size < vocab_size:
-            log(f"the text has no more pairs: {tokenizer.vocab_size} tokens, not {vocab_size}")
-        return tokenizer
+            gc.enable()
+        tokens = [bytes([byte]) for byte in range(256)] + [left + right for left, right in merges]
+        if clash := {text.encode() for text in special_tokens}.intersection(tokens):
+            raise ValueError(f"the special token {min(clash)!r} was learned as an ordinary one too")
+        specials = {text: len(tokens) + i for i, text in enumerate(special_tokens)}
+        if len(tokens) + len(specials) < vocab_size:
+            log(f"the text has no more pairs: {len(tokens) + len(specials)} tokens, not {vocab_size}")
+        return cls(tokenizer_json({token: i for i, token in enumerate(tokens)}, merges, pattern, specials))
+
+    @classmethod
+    def from_tiktoken(cls, encoding):
+        """Take over a tiktoken.Encoding, such as tiktoken.get_encoding("gpt2")."""
+        ranks = encoding._mergeable_ranks
+        merges = [last_merge(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+        # {1,3}+ is possessive for tiktoken, but a repeated repeat for the other engines
+        pattern = re.sub(r"(\d\})\+(?=\||$)", r"\1", encoding._pat_str)
+        return cls(tokenizer_json(ranks, merges, pattern, encoding._special_tokens))
 
     def encode(self, text):
         """Text -> list of ids. Always as ordinary text: no id of a special token ever comes out."""
-        return self._encoding.encode_ordinary(text)
+        if not self._literals:
+            return self._encode_stretch(text)
+        longest_first = sorted(self._literals, key=len, reverse=True)
+        ids = []
+        for part in compile_splitter("|".join(map(regex.escape, longest_first)))(text):
+            ids += [self._literals[part]] if part in self._literals else self._encode_stretch(part)
+        return ids
+
+    def _encode_stretch(self, text):
+        """Encode the text between added tokens."""
+        *others, last = self._patterns
+        parts = [unicodedata.normalize("NFC", text) if self._nfc else text]
+        for pattern in others:
+            parts = [piece for part in parts for piece in compile_splitter(pattern)(part)]
+        ranks = []
+        for part in parts:
+            samples = part[::100_000]  # two in a row blank: there may be too many blanks for tiktoken
+            if any(one.isspace() and two.isspace() for one, two in zip(samples, samples[1:])):
+                for chunk in compile_splitter(last)(part):
+                    ranks += self._encoding._encode_single_piece(chunk)
+            else:
+                ranks += self._encoding.encode_ordinary(part)
+        return list(map(self._ids.__getitem__, ranks))
 
     def encode_batch(self, texts):
         """Texts -> their lists of ids, on all cores."""
-        return self._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-
-    def encode_to_array(self, text):
-        """Text -> ids as a uint32 array, without a Python object per token."""
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(self.encode, texts))
 
     def decode_bytes(self, ids):
         """Ids -> the bytes that they stand for; special tokens as their names. An unknown id: ValueError."""
-        for i in ids:
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"id {i} is outside the vocabulary of {self.vocab_size} tokens")
-        return self._encoding.decode_bytes(ids)
+        try:
+            return b"".join([self.tokens[i] for i in ids])
+        except KeyError as unknown:
+            raise ValueError(f"id {unknown} is not in the vocabulary of {self.vocab_size} tokens") from None
 
     def decode(self, ids):
         """Ids -> text; bytes that are no UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def decode_stream(self, ids):
+        """Yield the text of ids as they come, a piece for each and a last one, never half a character."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for i in ids:
+            yield decoder.decode(self.decode_bytes([i]))
+        yield decoder.decode(b"", final=True)
+
     def save(self, path):
-        """Write a Hugging Face tokenizer.json."""
-        symbols = byte_symbols()
-        names = ["".join(symbols[byte] for byte in token) for token in self.tokens]
-        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-        split = dict(type="Split", pattern={"Regex": self.pattern}, behavior="Isolated", invert=False)
-        byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
-        document = {
-            "version": "1.0",
-            "added_tokens": [dict(id=i, content=text, **flags) for text, i in self.special_tokens.items()],
-            "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-            "post_processor": None,
-            "decoder": byte_level,
-            "model": {
-                "type": "BPE",
-                "ignore_merges": False,
-                "vocab": {name: i for i, name in enumerate(names)},
-                "merges": [[names[left], names[right]] for left, right in self.merges],
-            },
-        }
-        Path(path).write_text(json.dumps(document, ensure_ascii=False, indent=1), encoding="utf-8")
+        """Write the tokenizer.json."""
+        Path(path).write_text(json.dumps(self.document, ensure_ascii=False, indent=1), encoding="utf-8")
 
     def save_pretrained(self, folder):
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens."""
         self.save(Path(folder) / "tokenizer.json")
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            "chat_template": CHAT_TEMPLATE,
-        }
-        if self.special_tokens:
-            settings["eos_token"] = next(iter(self.special_tokens))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        if SPECIAL_TOKENS[0] in self.special_tokens:
+            settings["eos_token"] = SPECIAL_TOKENS[0]
+        if self.special_tokens.keys() >= set(SPECIAL_TOKENS):
+            settings["chat_template"] = CHAT_TEMPLATE
         Path(folder, "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
     @classmethod
     def load(cls, path):
-        """Read a tokenizer.json. Raises ValueError, naming the field, for a kind that this class doesn't
-        represent.
-        """
+        """Read a byte-level BPE tokenizer.json. Raises ValueError for a damaged file or another kind."""
         try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-            model, added = document["model"], document["added_tokens"]
-            kind, vocab, merges = model["type"], model["vocab"], model["merges"]
-            pattern = document["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, IndexError) as damage:
-            raise ValueError(f"{path} is not a byte-level BPE tokenizer.json: {damage!r}") from None
-        if kind != "BPE":
-            raise ValueError(f"{path} holds a {kind} model: only byte-level BPE can be read")
-        pairs = (merge if isinstance(merge, list) else merge.split(" ") for merge in merges)
-        tokenizer = cls(
-            [(vocab[a], vocab[b]) for a, b in pairs], pattern, [token["content"] for token in added]
+            return cls(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as damage:
+            raise ValueError(f"{path} is not a tokenizer.json: {damage!r}") from None
+        except ValueError as refusal:
+            kinds = "use one of byte-level BPE, such as that of GPT-2, Llama 3, Qwen or SmolLM"
+            raise ValueError(f"{path}: {refusal}; {kinds}") from None
+
+
+# --- seeing it ---
+
+
+def visible(token):
+    """Bytes as text in which blanks, line ends and parts of characters can be seen."""
+    text = token.decode("utf-8", "backslashreplace").replace(" ", "␣")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def merge_tree(token, ranks):
+    """How a token is merged, as in ((t h) e)."""
+    if len(token) == 1 or len(pieces := last_merge(token, ranks)) != 2:
+        return visible(token)
+    return f"({' '.join(merge_tree(piece, ranks) for piece in pieces)})"
+
+
+def show(tokenizer, text):
+    """Print the pieces of a text, in colour on a terminal, then their ids and how each is merged."""
+    ids = tokenizer.encode(text)
+    pieces = [visible(tokenizer.tokens[i]) for i in ids]
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        backgrounds = [157, 222, 153, 217]
+        print(
+            *(f"\033[30;48;5;{backgrounds[k % 4]}m{piece}\033[0m" for k, piece in enumerate(pieces)), sep=""
         )
-        symbols = byte_symbols()
-        names = {"".join(symbols[byte] for byte in token): i for i, token in enumerate(tokenizer.tokens)}
-        if vocab != names or any(
-            tokenizer.special_tokens[token["content"]] != token["id"] for token in added
-        ):
-            raise ValueError(f"{path} numbers its tokens in another order than bytes, merges, special tokens")
-        return tokenizer
+    else:
+        print("|".join(pieces))
+    for i in dict.fromkeys(ids):
+        print(f"{i:8}  {merge_tree(tokenizer.tokens[i], tokenizer.ranks)}")
+    n_bytes = len(text.encode("utf-8", "replace"))
+    print(f"{n_bytes} bytes, {len(ids)} tokens: {n_bytes / max(1, len(ids)):.2f} bytes per token")
 
 
 def main():
     parser = argparse.ArgumentParser(description="Learn a vocabulary, or look at one.")
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="learn a vocabulary from text files")
-    train.add_argument("paths", nargs="+", metavar="PATH", help="text files, UTF-8")
-    train.add_argument(
-        "--vocab-size", type=int, default=8192, help="tokens in all: bytes, merges, special tokens (8192)"
-    )
-    train.add_argument(
-        "--pattern", default=GPT4_PATTERN, help="regular expression that cuts text into chunks (GPT-4's)"
-    )
-    train.add_argument("--out", default="tokenizer.json", help="the file to write (tokenizer.json)")
-    show = commands.add_parser("show", help="see the pieces of a text")
-    show.add_argument("file", help="a tokenizer.json")
-    show.add_argument("text")
+    add = commands.add_parser("train", help="learn a vocabulary from text files").add_argument
+    add("paths", nargs="+", metavar="PATH", help="text files, UTF-8")
+    add("--vocab-size", type=int, default=8192, help="bytes, merges and special tokens in all (8192)")
+    add("--pattern", default=GPT4_PATTERN, help="regular expression that cuts text into chunks (GPT-4's)")
+    add("--out", default="tokenizer.json", help="the file to write (tokenizer.json)")
+    add = commands.add_parser("show", help="see the pieces of a text").add_argument
+    add("file", help="a tokenizer.json")
+    add("text")
     args = parser.parse_args()
     if args.command == "show":
-        tokenizer = Tokenizer.load(args.file)
-        ids = tokenizer.encode(args.text)
-        for i in ids:
-            print(f"{i:7d}  {tokenizer.decode([i])!r}")
-        print(f"{len(args.text.encode()) / max(1, len(ids)):.2f} bytes per token")
-        return
+        return show(Tokenizer.load(args.file), args.text)
     start = time.time()
-    texts = (part.decode("utf-8", "replace") for path in args.paths for part in read_parts(path))
+    files = (open(path, encoding="utf-8", errors="replace", newline="") for path in args.paths)
+    texts = ("".join(lines) for file in files for lines in iter(partial(file.readlines, 2**18), []))
     tokenizer = Tokenizer.train(texts, args.vocab_size, args.pattern, processes=os.cpu_count(), log=print)
     tokenizer.save(args.out)
     print(f"{tokenizer.vocab_size:,} tokens in {time.time() - start:.1f} s -> {args.out}")

@@ -14,6 +14,7 @@ import codecs
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -24,8 +25,6 @@ import urllib.error
 import urllib.request
 from array import array
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tokenizer import SPECIAL_TOKENS, Tokenizer, batches_of, map_ahead, read_parts  # noqa: E402
+from tokenizer import SPECIAL_TOKENS, Tokenizer, batches_of  # noqa: E402
 
 VERSION = 1  # of the files written here
 DATA = ROOT / "data"
@@ -80,6 +79,24 @@ class Progress:
 
 
 # --- documents: pairs of (parts of its text, "train" or "val" where its publisher has decided that) ---
+
+
+def read_parts(path, size=2**18):
+    """Yield a file's bytes in parts of about `size`, cut before a line that starts with an ASCII character
+    that is no blank: there the GPT-4 pattern cuts too. Where no such line comes, cut before any character.
+    """
+    with open(path, "rb") as file:
+        rest = b""
+        while block := file.read(size):
+            rest += block
+            border = re.match(rb"(?s).*\n(?=[^\s\x80-\xff])", rest)
+            if not border and len(rest) >= 4 * size:
+                border = re.match(rb"(?s).*(?=[\x00-\x7f\xc0-\xff])", rest)
+            if border and border.end():
+                yield rest[: border.end()]
+                rest = rest[border.end() :]
+        if rest:
+            yield rest
 
 
 def decode(raw, path, damaged):
@@ -278,20 +295,20 @@ class Split:
 class TokenWriter:
     """Writes the ids of a split to train.bin or, beyond SHARD_TOKENS, to train_000.bin, train_001.bin ..."""
 
-    def __init__(self, folder, split, dtype):
-        self.folder, self.split, self.dtype = folder, split, dtype
+    def __init__(self, folder, split):
+        self.folder, self.split = folder, split
         self.tokens = 0
         self.files = []
 
     def write(self, ids):
-        """Append an array of ids."""
+        """Append an array of ids, in the dtype of the files."""
         while len(ids):
             used = self.tokens % SHARD_TOKENS
             if used == 0:
                 self.close()
                 self.files.append(open(self.folder / f"{self.split}_{len(self.files):03d}.bin", "wb"))
             now, ids = ids[: SHARD_TOKENS - used], ids[SHARD_TOKENS - used :]
-            self.files[-1].write(now.astype(self.dtype).tobytes())
+            self.files[-1].write(now.tobytes())
             self.tokens += len(now)
 
     def close(self):
@@ -308,11 +325,13 @@ class TokenWriter:
 
 def encode_pieces(pieces, tokenizer):
     """A list of what Split.pieces yields -> {"train": ids, "val": ids}, <|endoftext|> after each document."""
-    end = np.array([tokenizer.special_tokens[END_OF_TEXT]], dtype=np.uint32)
+    texts = [text for _, text in pieces if text is not None]
+    encoded = iter(tokenizer.encode_batch(texts))
+    end = [tokenizer.special_tokens[END_OF_TEXT]]
     ids = {"train": [], "val": []}
     for split, text in pieces:
-        ids[split].append(end if text is None else tokenizer.encode_to_array(text))
-    return {split: np.concatenate(arrays) for split, arrays in ids.items() if arrays}
+        ids[split] += end if text is None else next(encoded)
+    return ids
 
 
 def default_vocab_size(n_bytes):
@@ -329,16 +348,8 @@ def learn_vocabulary(pieces, split, vocab_size):
         vocab_size = default_vocab_size(split.bytes)
         print(f"vocabulary: {vocab_size:,} tokens, the power of two next to sqrt({split.bytes:,} bytes)")
     progress = Progress("learning it", split.bytes)
-
-    def texts():
-        done = 0
-        for part, text in pieces:
-            if text and part == "train":
-                yield text
-            done += len(text or "")
-            progress.show(done / split.characters)
-
-    tokenizer = Tokenizer.train(texts(), vocab_size, processes=os.cpu_count(), log=progress.done)
+    texts = (text for part, text in pieces if text and part == "train")
+    tokenizer = Tokenizer.train(texts, vocab_size, processes=os.cpu_count(), log=progress.done)
     progress.done(f"{tokenizer.vocab_size:,} tokens")
     return tokenizer
 
@@ -346,20 +357,18 @@ def learn_vocabulary(pieces, split, vocab_size):
 def write_tokens(pieces, tokenizer, folder, n_bytes):
     """Encode pieces on all cores into the folder's .bin files. Returns what meta.json says of them."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    writers = {split: TokenWriter(folder, split, dtype) for split in ("train", "val")}
+    writers = {split: TokenWriter(folder, split) for split in ("train", "val")}
     counts = {name: {"train": 0, "val": 0} for name in ("documents", "bytes", "tokens")}
     end, sizes = tokenizer.special_tokens[END_OF_TEXT], tokenizer.bytes_per_token
     progress = Progress("encoding", n_bytes)
-    with ThreadPoolExecutor() as pool:
-        encode = partial(encode_pieces, tokenizer=tokenizer)
-        batches = batches_of(pieces, 2**16, lambda piece: len(piece[1] or ""))
-        for encoded in map_ahead(pool, encode, batches, ahead=os.cpu_count()):
-            for split, ids in encoded.items():
-                writers[split].write(ids)
-                counts["documents"][split] += int((ids == end).sum())
-                counts["bytes"][split] += int(sizes[ids].sum())
-                counts["tokens"][split] += len(ids)
-            progress.show(sum(counts["bytes"].values()) / n_bytes)
+    for batch in batches_of(pieces, 2**19, lambda piece: len(piece[1] or "")):
+        for split, ids in encode_pieces(batch, tokenizer).items():
+            ids = np.array(ids, dtype=dtype)
+            writers[split].write(ids)
+            counts["documents"][split] += int((ids == end).sum())
+            counts["bytes"][split] += int(sizes[ids].sum())
+            counts["tokens"][split] += len(ids)
+        progress.show(sum(counts["bytes"].values()) / n_bytes)
     for writer in writers.values():
         writer.finish()
     if min(counts["tokens"].values()) < 3:
