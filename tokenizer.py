@@ -6,8 +6,8 @@ neighbours one new token.
 
     "the then" -> t h e _ t h e n -> (th) e _ (th) e n -> (the) _ (the) n
 
-Learning is written out below. Applying what was learned is left to tiktoken, a fast library, and the file is
-a Hugging Face `tokenizer.json`: the whole ecosystem opens ours, and this opens those of GPT-2, Llama 3, Qwen.
+Learning is written out below; applying what was learned is left to tiktoken. The file is a Hugging Face
+`tokenizer.json`: the whole ecosystem opens ours, and this opens those of GPT-2, Llama 3, Qwen or SmolLM.
 
     python tokenizer.py train PATH... --vocab-size 8192 --out tokenizer.json
     python tokenizer.py show tokenizer.json "text"
@@ -20,8 +20,8 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
-import time
 import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +29,6 @@ from contextlib import nullcontext, suppress
 from functools import cache, partial
 from heapq import heapify, heappop, heappush
 from multiprocessing import Pool
-from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -44,18 +43,14 @@ GPT4_PATTERN = (
     r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+BYTES = [bytes([byte]) for byte in range(256)]
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 # How a conversation becomes text (ChatML), in the language that transformers and vLLM read.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-# --- learning: text -> chunks -> merges ---
 
 
 def batches_of(items, size, length=len):
@@ -67,8 +62,7 @@ def batches_of(items, size, length=len):
         if total >= size:
             yield batch
             batch, total = [], 0
-    if batch:
-        yield batch
+    yield batch
 
 
 def covering(pattern):
@@ -76,11 +70,10 @@ def covering(pattern):
     return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
 
 
-@cache
 def unicode_ranges(character_class):
     """The characters of a class such as \\p{L} below U+10000, as the inside of a [...] for `re`."""
     plane = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)]))
-    runs = [match.group() for match in regex.finditer(character_class + "+", plane)]
+    runs = regex.findall(character_class + "+", plane)
     return "".join(f"\\u{ord(run[0]):04x}-\\u{ord(run[-1]):04x}" for run in runs)
 
 
@@ -88,9 +81,8 @@ def unicode_ranges(character_class):
 def compile_splitter(pattern):
     """Return a function that cuts a text into chunks, a list of str. Raises ValueError for a bad pattern.
 
-    The standard library's `re` is about twice as fast as `regex`, but knows no \\p{L}: such classes are
-    written out for it as ranges of characters below U+10000. A text with characters beyond, or a pattern that
-    `re` can't say, is left to `regex`.
+    The library `re` is about twice as fast as `regex`, but knows no \\p{L}: such classes are written out for
+    it as ranges below U+10000. Texts with characters beyond, and what `re` can't say, are left to `regex`.
     """
     try:
         exact = regex.compile(covering(pattern))
@@ -105,7 +97,7 @@ def compile_splitter(pattern):
         return written if "[" in written else f"[{written}]"
 
     fast = exact
-    if not re.search(r"\\(?![pnrtsS\W])|\[[^\]]*\\S", pattern):  # \w, \d ... mean something else to `re`
+    if not re.search(r"\\[^pnrtsS]|\[\^?[\[\]]|\[[^\]]*\\S", pattern):  # \w, \d ... differ in `re`
         with suppress(re.error):  # `++` needs Python 3.11
             fast = re.compile(covering(re.sub(r"\[[^\]]*\]|\\p\{\w+\}|\\[sS]", write_out, pattern)))
 
@@ -138,12 +130,12 @@ def learn_merges(chunks, n_merges, log):
     count_of = list(chunks.values()).__getitem__  # of a word's number
     where = defaultdict(list)  # pair -> numbers of the words that hold it, or once did, for each occurrence
     for i, word in enumerate(words):
-        for pair in map(add, word, word[1:]):
-            where[pair].append(i)
+        for left, right in zip(word, word[1:]):
+            where[left + right].append(i)
     pair_counts = {pair: sum(map(count_of, found)) for pair, found in where.items()}
     heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapify(heap)
-    merges, tokens = [], [bytes([byte]) for byte in range(256)]
+    merges, tokens = [], list(BYTES)
     while heap and len(merges) < n_merges:
         count, pair = heappop(heap)
         if pair_counts[pair] != -count:  # counts of old pairs only fall: put it back where it belongs now
@@ -166,8 +158,7 @@ def learn_merges(chunks, n_merges, log):
                     before[head[-1]].append(i)
                 if tail:
                     after[tail[0]].append(i)
-            if len(pieces) > 2:
-                doubled += [i] * pieces[1:-1].count("")
+            doubled += [i] * pieces[1:-1].count("")
         changes = [(symbol + left, symbol + new, found) for symbol, found in before.items()]
         changes += [(right + symbol, new + symbol, found) for symbol, found in after.items()]
         changes += [(right + left, new + new, doubled)] if doubled else []
@@ -183,18 +174,17 @@ def learn_merges(chunks, n_merges, log):
     return merges
 
 
-# --- the file: tokenizer.json ---
-
-
 def byte_symbols():
     """GPT-2's printable stand-in for each byte, in which tokenizer.json spells its tokens, as a list."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def tokenizer_json(ids, merges, pattern, special_tokens):
-    """The content of a tokenizer.json. ids {bytes: id}, merges [(bytes, bytes)], special_tokens {text: id}."""
+def tokenizer_json(ids, merges, pattern, special_tokens, ignore_merges=False):
+    """The content of a tokenizer.json. ids {bytes: id}, merges [(bytes, bytes)], special_tokens {text: id},
+    ignore_merges: a chunk that is a token becomes that token, even if merges don't make it.
+    """
     symbols = byte_symbols()
     names = {token: "".join(symbols[byte] for byte in token) for token in ids}
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
@@ -207,6 +197,7 @@ def tokenizer_json(ids, merges, pattern, special_tokens):
         "decoder": byte_level,
         "model": {
             "type": "BPE",
+            "ignore_merges": ignore_merges,
             "vocab": {names[token]: i for token, i in ids.items()} | special_tokens,
             "merges": [[names[left], names[right]] for left, right in merges],
         },
@@ -230,26 +221,10 @@ def read_patterns(pre_tokenizer):
     return patterns or [r"[\s\S]+"]
 
 
-def last_merge(token, ranks):
-    """What a token has fallen into when all merges of lower rank are done: two pieces, if one makes it."""
-    pieces = [token[i : i + 1] for i in range(len(token))]
-    while len(pieces) > 2:
-        found = [ranks.get(left + right, ranks[token]) for left, right in zip(pieces, pieces[1:])]
-        first = min(found)
-        if first == ranks[token]:
-            break
-        i = found.index(first)
-        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
-    return tuple(pieces)
-
-
 class Tokenizer:
-    """A vocabulary at work, from the content of a tokenizer.json. Those learned here number the 256 bytes in
-    byte order, then the merges in the order learned, then the special tokens.
-
-    tokens {id: bytes}, special_tokens {text: id}, vocab_size: one more than the largest id, bytes_per_token
-    (vocab_size,): of text, none for special tokens. Text never becomes a special token; added tokens that are
-    not special are found in it. Raises ValueError, naming the field, for a file that asks for anything else.
+    """A vocabulary at work, from the content of a tokenizer.json. One learned here numbers the 256 bytes in
+    byte order, then the merges in the order learned, then the special tokens. Text never becomes a special
+    token; added tokens that aren't special are found in it. Raises ValueError for what is not supported.
     """
 
     def __init__(self, document):
@@ -262,41 +237,37 @@ class Tokenizer:
         if normalizer not in (None, {"type": "NFC"}):
             raise ValueError(f"normalizer: {json.dumps(normalizer)} is not supported")
         for token in added:
-            odd = token["single_word"] or token["lstrip"] or token["rstrip"]
-            if not token["special"] and (odd or (normalizer and token["normalized"])):
+            if not token["special"] and (token["single_word"] or token["lstrip"] or token["rstrip"]):
                 raise ValueError(f"added_tokens: {token} is not supported")
         self._nfc = normalizer is not None
         self._patterns = read_patterns(document["pre_tokenizer"])
         self.special_tokens = {token["content"]: token["id"] for token in added if token["special"]}
         self._literals = {token["content"]: token["id"] for token in added if not token["special"]}
         byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
-
-        def spell(name):
-            return bytes([byte_of[symbol] for symbol in name])
-
         others = self.special_tokens | self._literals
-        ids = {spell(name): i for name, i in model["vocab"].items() if name not in others}
-        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-        made = [spell(left) + spell(right) for left, right in pairs]
-        # tiktoken merges any two neighbours that spell a token, the lowest rank first. Where merges were
-        # learned, that is the same: a token always comes out of the same two.
-        self.ranks = {bytes([byte]): byte for byte in range(256)}
-        for token in made + list(ids if model.get("ignore_merges") else ()):
-            self.ranks.setdefault(token, len(self.ranks))
-        if missing := self.ranks.keys() - ids.keys():
+        spelled = {name: bytes([byte_of[c] for c in name]) for name in model["vocab"] if name not in others}
+        ids = {token: model["vocab"][name] for name, token in spelled.items()}
+        self.halves = {}  # token -> the two that its first merge joins
+        for merge in model["merges"]:
+            left, right = (spelled[name] for name in (merge.split(" ") if isinstance(merge, str) else merge))
+            self.halves.setdefault(left + right, (left, right))
+        # tiktoken merges any two neighbours that spell a token, the lowest rank first. That is the same where
+        # merges were learned, which make a token of the same two always, or where the file lists all pairs.
+        order = [*BYTES, *self.halves, *(ids if model.get("ignore_merges") else ())]
+        ranks = {token: rank for rank, token in enumerate(dict.fromkeys(order))}
+        if missing := ranks.keys() - ids.keys():
             raise ValueError(f"model.vocab: it lacks {min(missing)!r}, a byte or what a merge makes")
-        self._ids = [ids[token] for token in self.ranks]  # by rank
-        ids |= {text.encode(): i for text, i in self._literals.items()}
-        specials = {i: text.encode() for text, i in self.special_tokens.items()}
-        self.tokens = {i: token for token, i in ids.items()} | specials
-        if len(self.tokens) < len(ids) + len(self.special_tokens):
+        self._ids = [ids[token] for token in ranks]  # by rank
+        tokens = [*ids.items(), *((text.encode(), i) for text, i in others.items())]
+        self.tokens = {i: token for token, i in tokens}  # id -> bytes
+        if len(self.tokens) < len(tokens):
             raise ValueError("two tokens have the same id")
         self.vocab_size = max(self.tokens) + 1
-        self.bytes_per_token = np.zeros(self.vocab_size, dtype=np.int64)
-        self.bytes_per_token[list(ids.values())] = [len(token) for token in ids]
-        self._encoding = tiktoken.Encoding(
-            "ours", pat_str=covering(self._patterns[-1]), mergeable_ranks=self.ranks, special_tokens={}
-        )
+        self.bytes_per_token = np.zeros(self.vocab_size, dtype=np.int64)  # of text: none in special tokens
+        self.bytes_per_token[list(self.tokens)] = list(map(len, self.tokens.values()))
+        self.bytes_per_token[list(self.special_tokens.values())] = 0
+        pattern = covering(self._patterns[-1])
+        self._encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     @property
     def fingerprint(self):
@@ -309,8 +280,8 @@ class Tokenizer:
     ):
         """Learn a vocabulary from an iterable of str, read once. `log` is called with a line now and then.
 
-        When the text runs out of pairs, the vocabulary comes out smaller than asked for. Raises ValueError
-        for a vocab_size that can't hold the bytes and the special tokens, and for documents without text.
+        Text that runs out of pairs gives a smaller vocabulary. Raises ValueError for documents without text,
+        a vocab_size that can't hold the bytes and the special tokens, and special tokens that clash.
         """
         log = log or (lambda line: None)
         least = 256 + len(special_tokens)
@@ -320,12 +291,13 @@ class Tokenizer:
             raise ValueError(f"a special token is empty or given twice: {', '.join(special_tokens)}")
         chunks, batches = Counter(), batches_of(documents, 2**22)
         count = partial(count_chunks, pattern=pattern)
-        with Pool(processes) if processes > 1 else nullcontext() as pool:
-            # imap reads on only when a worker takes a batch
+        quiet = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is for the parent
+        with Pool(processes, *quiet) if processes > 1 else nullcontext() as pool:
+            # imap reads on only as its batches are taken
             for n, counts in enumerate(pool.imap(count, batches) if pool else map(count, batches), 1):
                 chunks.update(counts)
                 if n % 16 == 0:
-                    log(f"{n * 2**22 / 1e6:,.0f} million characters, {len(chunks):,} different chunks")
+                    log(f"{n * 2**22:,} characters, {len(chunks):,} different chunks")
         if not chunks:
             raise ValueError("there is no training text to learn a vocabulary from")
         log(f"{chunks.total():,} chunks, {len(chunks):,} different")
@@ -334,7 +306,7 @@ class Tokenizer:
             merges = learn_merges(chunks, vocab_size - least, log)
         finally:
             gc.enable()
-        tokens = [bytes([byte]) for byte in range(256)] + [left + right for left, right in merges]
+        tokens = [*BYTES, *(left + right for left, right in merges)]
         if clash := {text.encode() for text in special_tokens}.intersection(tokens):
             raise ValueError(f"the special token {min(clash)!r} was learned as an ordinary one too")
         specials = {text: len(tokens) + i for i, text in enumerate(special_tokens)}
@@ -346,18 +318,19 @@ class Tokenizer:
     def from_tiktoken(cls, encoding):
         """Take over a tiktoken.Encoding, such as tiktoken.get_encoding("gpt2")."""
         ranks = encoding._mergeable_ranks
-        merges = [last_merge(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+        pairs = ((token[:i], token[i:]) for token in sorted(ranks, key=ranks.get) for i in range(len(token)))
+        merges = [(left, right) for left, right in pairs if left in ranks and right in ranks]
         # {1,3}+ is possessive for tiktoken, but a repeated repeat for the other engines
         pattern = re.sub(r"(\d\})\+(?=\||$)", r"\1", encoding._pat_str)
-        return cls(tokenizer_json(ranks, merges, pattern, encoding._special_tokens))
+        return cls(tokenizer_json(ranks, merges, pattern, encoding._special_tokens, ignore_merges=True))
 
     def encode(self, text):
         """Text -> list of ids. Always as ordinary text: no id of a special token ever comes out."""
-        if not self._literals:
-            return self._encode_stretch(text)
-        longest_first = sorted(self._literals, key=len, reverse=True)
-        ids = []
-        for part in compile_splitter("|".join(map(regex.escape, longest_first)))(text):
+        parts, ids = [text], []
+        if self._literals:
+            longest_first = sorted(self._literals, key=len, reverse=True)
+            parts = compile_splitter("|".join(map(regex.escape, longest_first)))(text)
+        for part in parts:
             ids += [self._literals[part]] if part in self._literals else self._encode_stretch(part)
         return ids
 
@@ -417,16 +390,11 @@ class Tokenizer:
     @classmethod
     def load(cls, path):
         """Read a byte-level BPE tokenizer.json. Raises ValueError for a damaged file or another kind."""
+        kinds = "a tokenizer.json of byte-level BPE, such as that of GPT-2, Llama 3, Qwen or SmolLM"
         try:
             return cls(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as damage:
-            raise ValueError(f"{path} is not a tokenizer.json: {damage!r}") from None
-        except ValueError as refusal:
-            kinds = "use one of byte-level BPE, such as that of GPT-2, Llama 3, Qwen or SmolLM"
-            raise ValueError(f"{path}: {refusal}; {kinds}") from None
-
-
-# --- seeing it ---
+        except (KeyError, TypeError, AttributeError, ValueError) as problem:
+            raise ValueError(f"{path} is not {kinds}: {problem!r}") from None
 
 
 def visible(token):
@@ -435,11 +403,10 @@ def visible(token):
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def merge_tree(token, ranks):
+def merge_tree(token, halves):
     """How a token is merged, as in ((t h) e)."""
-    if len(token) == 1 or len(pieces := last_merge(token, ranks)) != 2:
-        return visible(token)
-    return f"({' '.join(merge_tree(piece, ranks) for piece in pieces)})"
+    parts = [merge_tree(half, halves) for half in halves.get(token, ())]
+    return f"({' '.join(parts)})" if parts else visible(token)
 
 
 def show(tokenizer, text):
@@ -447,14 +414,11 @@ def show(tokenizer, text):
     ids = tokenizer.encode(text)
     pieces = [visible(tokenizer.tokens[i]) for i in ids]
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-        backgrounds = [157, 222, 153, 217]
-        print(
-            *(f"\033[30;48;5;{backgrounds[k % 4]}m{piece}\033[0m" for k, piece in enumerate(pieces)), sep=""
-        )
-    else:
-        print("|".join(pieces))
+        backgrounds = (157, 222, 153, 217)
+        pieces = [f"\033[30;48;5;{backgrounds[k % 4]}m{piece}\033[0m" for k, piece in enumerate(pieces)]
+    print("|".join(pieces))
     for i in dict.fromkeys(ids):
-        print(f"{i:8}  {merge_tree(tokenizer.tokens[i], tokenizer.ranks)}")
+        print(f"{i:8}  {merge_tree(tokenizer.tokens[i], tokenizer.halves)}")
     n_bytes = len(text.encode("utf-8", "replace"))
     print(f"{n_bytes} bytes, {len(ids)} tokens: {n_bytes / max(1, len(ids)):.2f} bytes per token")
 
@@ -473,12 +437,11 @@ def main():
     args = parser.parse_args()
     if args.command == "show":
         return show(Tokenizer.load(args.file), args.text)
-    start = time.time()
     files = (open(path, encoding="utf-8", errors="replace", newline="") for path in args.paths)
     texts = ("".join(lines) for file in files for lines in iter(partial(file.readlines, 2**18), []))
     tokenizer = Tokenizer.train(texts, args.vocab_size, args.pattern, processes=os.cpu_count(), log=print)
     tokenizer.save(args.out)
-    print(f"{tokenizer.vocab_size:,} tokens in {time.time() - start:.1f} s -> {args.out}")
+    print(f"{args.out}: {tokenizer.vocab_size:,} tokens")
 
 
 if __name__ == "__main__":
