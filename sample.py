@@ -5,7 +5,6 @@ python sample.py --model DIR --prompt "def " -n 4 --temperature 0.8 --top-p 0.9
 """
 
 import argparse
-import codecs
 import math
 import os
 import sys
@@ -122,10 +121,7 @@ def stream(model, tokenizer, prompt, **settings):
     end = tokenizer.special_tokens.get("<|endoftext|>")
     ids = tokenizer.encode(prompt) or ([] if end is None else [end])
     settings |= {"stop_ids": tokenizer.special_tokens.values(), "vocab_size": tokenizer.vocab_size}
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for (new,) in generate(model, [ids], **settings):
-        yield decoder.decode(tokenizer.decode_bytes([new]))
-    yield decoder.decode(b"", final=True)
+    yield from tokenizer.decode_stream(new for (new,) in generate(model, [ids], **settings))
 
 
 def main():

@@ -182,9 +182,7 @@ def byte_symbols():
 
 
 def tokenizer_json(ids, merges, pattern, special_tokens, ignore_merges=False):
-    """The content of a tokenizer.json. ids {bytes: id}, merges [(bytes, bytes)], special_tokens {text: id},
-    ignore_merges: a chunk that is a token becomes that token, even if merges don't make it.
-    """
+    """A tokenizer.json as a dict. ids {bytes: id}, merges [(bytes, bytes)], special_tokens {text: id}."""
     symbols = byte_symbols()
     names = {token: "".join(symbols[byte] for byte in token) for token in ids}
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
@@ -197,7 +195,7 @@ def tokenizer_json(ids, merges, pattern, special_tokens, ignore_merges=False):
         "decoder": byte_level,
         "model": {
             "type": "BPE",
-            "ignore_merges": ignore_merges,
+            "ignore_merges": ignore_merges,  # True: a chunk that is a token needs no merges
             "vocab": {names[token]: i for token, i in ids.items()} | special_tokens,
             "merges": [[names[left], names[right]] for left, right in merges],
         },
@@ -222,9 +220,9 @@ def read_patterns(pre_tokenizer):
 
 
 class Tokenizer:
-    """A vocabulary at work, from the content of a tokenizer.json. One learned here numbers the 256 bytes in
-    byte order, then the merges in the order learned, then the special tokens. Text never becomes a special
-    token; added tokens that aren't special are found in it. Raises ValueError for what is not supported.
+    """A vocabulary at work, from the content of a tokenizer.json; ValueError for what is not supported. Those
+    learned here number the 256 bytes, the merges as learned, then the special tokens. Text never becomes a
+    special token; added tokens that aren't special are found in it.
     """
 
     def __init__(self, document):
@@ -239,7 +237,6 @@ class Tokenizer:
         for token in added:
             if not token["special"] and (token["single_word"] or token["lstrip"] or token["rstrip"]):
                 raise ValueError(f"added_tokens: {token} is not supported")
-        self._nfc = normalizer is not None
         self._patterns = read_patterns(document["pre_tokenizer"])
         self.special_tokens = {token["content"]: token["id"] for token in added if token["special"]}
         self._literals = {token["content"]: token["id"] for token in added if not token["special"]}
@@ -278,7 +275,7 @@ class Tokenizer:
     def train(
         cls, documents, vocab_size, pattern=GPT4_PATTERN, special_tokens=SPECIAL_TOKENS, processes=1, log=None
     ):
-        """Learn a vocabulary from an iterable of str, read once. `log` is called with a line now and then.
+        """Learn a vocabulary from an iterable of str, read once, as needed. `log` is given a line at times.
 
         Text that runs out of pairs gives a smaller vocabulary. Raises ValueError for documents without text,
         a vocab_size that can't hold the bytes and the special tokens, and special tokens that clash.
@@ -293,7 +290,6 @@ class Tokenizer:
         count = partial(count_chunks, pattern=pattern)
         quiet = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is for the parent
         with Pool(processes, *quiet) if processes > 1 else nullcontext() as pool:
-            # imap reads on only as its batches are taken
             for n, counts in enumerate(pool.imap(count, batches) if pool else map(count, batches), 1):
                 chunks.update(counts)
                 if n % 16 == 0:
@@ -336,15 +332,14 @@ class Tokenizer:
 
     def _encode_stretch(self, text):
         """Encode the text between added tokens."""
-        *others, last = self._patterns
-        parts = [unicodedata.normalize("NFC", text) if self._nfc else text]
-        for pattern in others:
+        parts = [unicodedata.normalize("NFC", text) if self.document.get("normalizer") else text]
+        for pattern in self._patterns[:-1]:
             parts = [piece for part in parts for piece in compile_splitter(pattern)(part)]
         ranks = []
         for part in parts:
             samples = part[::100_000]  # two in a row blank: there may be too many blanks for tiktoken
             if any(one.isspace() and two.isspace() for one, two in zip(samples, samples[1:])):
-                for chunk in compile_splitter(last)(part):
+                for chunk in compile_splitter(self._patterns[-1])(part):
                     ranks += self._encoding._encode_single_piece(chunk)
             else:
                 ranks += self._encoding.encode_ordinary(part)

@@ -81,24 +81,6 @@ class Progress:
 # --- documents: pairs of (parts of its text, "train" or "val" where its publisher has decided that) ---
 
 
-def read_parts(path, size=2**18):
-    """Yield a file's bytes in parts of about `size`, cut before a line that starts with an ASCII character
-    that is no blank: there the GPT-4 pattern cuts too. Where no such line comes, cut before any character.
-    """
-    with open(path, "rb") as file:
-        rest = b""
-        while block := file.read(size):
-            rest += block
-            border = re.match(rb"(?s).*\n(?=[^\s\x80-\xff])", rest)
-            if not border and len(rest) >= 4 * size:
-                border = re.match(rb"(?s).*(?=[\x00-\x7f\xc0-\xff])", rest)
-            if border and border.end():
-                yield rest[: border.end()]
-                rest = rest[border.end() :]
-        if rest:
-            yield rest
-
-
 def decode(raw, path, damaged):
     """UTF-8 bytes as text. Stray bytes become U+FFFD and are counted in damaged, {path: number}."""
     raw = raw.removeprefix(codecs.BOM_UTF8)
@@ -110,10 +92,22 @@ def decode(raw, path, damaged):
         return text
 
 
-def file_parts(path, damaged):
-    """Yield the text of a file piece by piece."""
-    for raw in read_parts(path):
-        yield decode(raw, path, damaged)
+def file_parts(path, damaged, size=2**18):
+    """Yield the text of a file in parts of about `size` bytes, cut before a line that starts with an ASCII
+    character that is no blank: there the GPT-4 pattern cuts too. Without such a line: before any character.
+    """
+    with open(path, "rb") as file:
+        rest = b""
+        while block := file.read(size):
+            rest += block
+            border = re.match(rb"(?s).*\n(?=[^\s\x80-\xff])", rest)
+            if not border and len(rest) >= 4 * size:
+                border = re.match(rb"(?s).*(?=[\x00-\x7f\xc0-\xff])", rest)
+            if border and border.end():
+                yield decode(rest[: border.end()], path, damaged)
+                rest = rest[border.end() :]
+        if rest:
+            yield decode(rest, path, damaged)
 
 
 def jsonl_documents(path, field, damaged):
@@ -251,14 +245,13 @@ class Split:
     def __init__(self, documents):
         self.buckets = array("H")
         self.lengths = {}  # index -> characters of the first documents with text
-        self.bytes = self.characters = 0
+        self.bytes = 0
         bytes_in_bucket = np.zeros(2**16, dtype=np.int64)
         for index, (parts, _) in enumerate(documents):
             bucket, characters, size = scan(parts)
             self.buckets.append(bucket)
             bytes_in_bucket[bucket] += size
             self.bytes += size
-            self.characters += characters
             if characters and len(self.lengths) < FEW_DOCUMENTS:
                 self.lengths[index] = characters
         self.few = len(self.lengths) < FEW_DOCUMENTS

@@ -11,10 +11,11 @@ import threading
 
 import numpy as np
 import pytest
+import regex
 from conftest import ROOT
 
 from data import prepare as stage
-from tokenizer import Tokenizer
+from tokenizer import GPT4_PATTERN, Tokenizer
 
 
 @pytest.fixture
@@ -81,14 +82,13 @@ def test_of_few_documents_the_last_tenth_of_each_is_held_out(tmp_path, data):
 def test_the_vocabulary_is_learned_from_training_text_only(tmp_path, data):
     (tmp_path / "text.txt").write_text("ab " * 900 + "xyzzy " * 50, encoding="utf-8")
     folder = stage.prepare([str(tmp_path / "text.txt")])
-    assert not any(b"xy" in token for token in Tokenizer.load(folder / "tokenizer.json").tokens)
+    assert not any(b"xy" in token for token in Tokenizer.load(folder / "tokenizer.json").tokens.values())
 
 
-def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path, data, tokenizer):
+def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path, data):
     (tmp_path / "text.txt").write_text("some text " * 100, encoding="utf-8")
-    big = Tokenizer(
-        tokenizer.merges, special_tokens=[*tokenizer.special_tokens, *(f"<{i}>" for i in range(70000))]
-    )
+    special_tokens = [*(f"<{i}>" for i in range(70000)), "<|endoftext|>"]
+    big = Tokenizer.train(["text"], 71000, special_tokens=special_tokens)
     folder = stage.prepare([str(tmp_path / "text.txt")], tokenizer=big)
     assert json.loads((folder / "meta.json").read_text())["dtype"] == "<u4"
     assert "".join(sum(read_back(folder).values(), [])) == "some text " * 100
@@ -121,6 +121,18 @@ def test_jsonl_documents_and_a_literal_end_of_text_stay_text(tmp_path, data):
     folder = stage.prepare([str(tmp_path / "d.jsonl")], field="body")
     meta = json.loads((folder / "meta.json").read_text())
     assert sum(meta["documents"].values()) == 30
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_a_file_read_in_parts_is_the_same_file_cut_between_chunks(tmp_path, size):
+    text = "def f(x):\n    return x\n\n\nwörter und 日本語\n" * 5
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    parts = list(stage.file_parts(tmp_path / "text", {}, size))
+    assert "".join(parts) == text
+    assert len(parts) > 1
+    if size == 64:  # smaller parts hold no border of lines
+        chunks = [chunk for part in parts for chunk in regex.findall(GPT4_PATTERN, part)]
+        assert chunks == regex.findall(GPT4_PATTERN, text)
 
 
 def test_stories_are_separated_and_split_as_published(tmp_path, data, monkeypatch):
@@ -217,7 +229,7 @@ def test_other_files_are_passed_over_aloud(tmp_path, data, capsys):
         (["{tmp}/folder"], "there is no text in"),
         (
             ["{tmp}/a.txt", "--vocab-size", "258"],
-            "258 can't hold the bytes and the special tokens: take 259",
+            "258 can't hold the 259 bytes and special tokens",
         ),
         (["{tmp}/a.txt", "--name", "../x"], "'../x' can't name a folder"),
         (["{tmp}/a.txt", "--name", "pystdlib"], "pystdlib is the name of a known corpus"),
@@ -226,7 +238,7 @@ def test_other_files_are_passed_over_aloud(tmp_path, data, capsys):
         (["{tmp}/bad.jsonl"], "bad.jsonl, line 2: no JSON object with a text under 'text'"),
         (
             ["{tmp}/a.txt", "--tokenizer", "{tmp}/bad.jsonl"],
-            "bad.jsonl is not a byte-level BPE tokenizer.json",
+            "bad.jsonl is not a tokenizer.json of byte-level BPE",
         ),
     ],
 )
