@@ -2,26 +2,35 @@
 
 python tests/bench.py lzma --data pystdlib      what a general compressor makes of the same validation text
 python tests/bench.py prepare                   peak memory of data/prepare.py on 50 MB and on 500 MB
+python tests/bench.py tokenizer                 learning and applying a vocabulary, against other libraries
 """
 
 import argparse
+import importlib.util
 import json
 import lzma
+import os
 import random
+import resource
 import shutil
+import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import regex
+import tiktoken
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data.prepare import DATA  # noqa: E402
-from tokenizer import SPECIAL_TOKENS, Tokenizer  # noqa: E402
+from tokenizer import GPT4_PATTERN, SPECIAL_TOKENS, Tokenizer  # noqa: E402
 
 
 def bench_lzma(args):
@@ -81,6 +90,192 @@ def bench_prepare(args):
     print(f"peak memory, large to small: {peaks[-1] / peaks[0]:.3f}")
 
 
+# --- the tokenizer, and those of other libraries ---
+
+
+def corpus(name, megabytes=200):
+    """The documents of a corpus that is on this machine, read as they are needed."""
+    if name == "shakespeare":
+        paths = [Path(os.environ["TINY_SHAKESPEARE"])]
+    else:
+        folder = Path(sysconfig.get_path("stdlib" if name == "stdlib" else "purelib"))
+        suffixes = {".py"} if name == "stdlib" else {".py", ".pyi", ".md", ".rst", ".txt", ".h"}
+        paths = [path for path in sorted(folder.rglob("*")) if path.suffix in suffixes and path.is_file()]
+        if name == "stdlib":
+            paths = [path for path in paths if "site-packages" not in path.parts]
+        sizes = np.cumsum([path.stat().st_size for path in paths])
+        paths = paths[: int(np.searchsorted(sizes, megabytes * 1e6))]
+    return (path.read_bytes().decode("utf-8", "replace") for path in paths)
+
+
+def learn_ours(documents, vocab_size, processes=1):
+    """Returns the seconds of its two phases."""
+    times = [time.perf_counter()]
+
+    def log(line):
+        if line.endswith("different"):
+            times.append(time.perf_counter())
+
+    Tokenizer.train(documents, vocab_size, special_tokens=SPECIAL_TOKENS[:1], processes=processes, log=log)
+    return {"split": times[1] - times[0], "merge": time.perf_counter() - times[1]}
+
+
+def learn_ours_on_2_processes(documents, vocab_size):
+    return learn_ours(documents, vocab_size, processes=2)
+
+
+def learn_tokenizers(documents, vocab_size):
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    split = pre_tokenizers.Split(Regex(GPT4_PATTERN), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+
+
+def learn_rustbpe(documents, vocab_size):
+    import rustbpe
+
+    rustbpe.Tokenizer().train_from_iterator(documents, vocab_size - 1, pattern=GPT4_PATTERN)
+
+
+def learn_sentencepiece(documents, vocab_size):
+    """Its BPE is over characters, not bytes, and of lines cut into words: near, not the same."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in documents for line in text.splitlines() if line.strip()),
+        model_writer=open(os.devnull, "wb"),
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        num_threads=1,
+        minloglevel=2,
+    )
+
+
+def learn_by_recounting(documents, vocab_size):
+    """minbpe's algorithm: for every merge count the pairs of all chunks, and replace in all chunks."""
+    chunks = [list(chunk.encode()) for text in documents for chunk in regex.findall(GPT4_PATTERN, text)]
+    for new in range(256, vocab_size - 1):
+        counts = Counter(pair for chunk in chunks for pair in zip(chunk, chunk[1:]))
+        best = max(counts, key=counts.get)
+        for k, chunk in enumerate(chunks):
+            merged, i = [], 0
+            while i < len(chunk):
+                match = tuple(chunk[i : i + 2]) == best
+                merged.append(new if match else chunk[i])
+                i += 2 if match else 1
+            chunks[k] = merged
+
+
+LEARNERS = {
+    "ours": learn_ours,
+    "ours, 2 processes": learn_ours_on_2_processes,
+    "tokenizers": learn_tokenizers,
+    "rustbpe": learn_rustbpe,
+    "sentencepiece": learn_sentencepiece,
+    "recounting": learn_by_recounting,
+}
+
+
+def bench_learn(args):
+    """One run of one learner, in a process of its own: prints its seconds, and the peak memory of its largest
+    process, as JSON.
+    """
+    documents = corpus(args.corpus)
+    if args.characters:
+        documents = [next(documents)[: args.characters]]
+    start = time.perf_counter()
+    phases = LEARNERS[args.learner](documents, args.vocab_size)
+    seconds = time.perf_counter() - start
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "MB": peak * (1 if sys.platform == "darwin" else 1024) / 1e6,
+                **(phases or {}),
+            }
+        )
+    )
+
+
+def compare_learners(name, vocab_size, learners, runs, characters=0):
+    """Run the learners in turn, each in one thread but for the second; print medians."""
+    learners = [
+        learner
+        for learner in learners
+        if learner not in ("rustbpe", "sentencepiece") or importlib.util.find_spec(learner)
+    ]
+    results = {learner: [] for learner in learners}
+    program = [sys.executable, __file__, "learn", name, str(vocab_size), "--characters", str(characters)]
+    for _ in range(runs):
+        for learner in learners:
+            output = subprocess.run(
+                [*program, learner],
+                check=True,
+                capture_output=True,
+                env={**os.environ, "RAYON_NUM_THREADS": "1"},
+            ).stdout
+            results[learner].append(json.loads(output.splitlines()[-1]))
+    print(f"\n{name}, {vocab_size:,} tokens, median of {runs}")
+    reference = "tokenizers" if "tokenizers" in results else learners[-1]
+    print(f"{'':20}{'seconds':>9}{'split':>8}{'merge':>8}{'peak MB':>9}  of {reference}' time")
+    for learner, runs_of_it in results.items():
+        row = {key: statistics.median(run[key] for run in runs_of_it) for key in runs_of_it[0]}
+        ratio = statistics.median(
+            run["seconds"] / other["seconds"] for run, other in zip(runs_of_it, results[reference])
+        )
+        phases = "".join(f"{row[key]:8.2f}" if key in row else f"{'':8}" for key in ("split", "merge"))
+        print(f"{learner:20}{row['seconds']:9.2f}{phases}{row['MB']:9.0f}  {ratio:.2f}", flush=True)
+
+
+def compare_encoders(name, vocab_size):
+    """Megabytes a second of one thread."""
+    import tokenizers
+
+    texts = list(corpus(name))
+    ours = Tokenizer.train(texts, vocab_size)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(ours.document))
+    ranks = {token: i for i, token in ours.tokens.items() if i not in ours.special_tokens.values()}
+    plain = tiktoken.Encoding("", pat_str=GPT4_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    n_bytes = sum(len(text.encode()) for text in texts)
+    print(f"\nencoding {name}, {vocab_size:,} tokens, one thread")
+    for label, encode in {
+        "ours": ours.encode,
+        "tiktoken": plain.encode_ordinary,
+        "tokenizers": theirs.encode,
+    }.items():
+        speeds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            for text in texts:
+                encode(text)
+            speeds.append(n_bytes / 1e6 / (time.perf_counter() - start))
+        print(f"{label:20}{statistics.median(speeds):9.1f} MB/s", flush=True)
+
+
+def bench_tokenizer(args):
+    """Learning a vocabulary and encoding with it."""
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    rivals = ["ours", "ours, 2 processes", "tokenizers", "rustbpe"]
+    if "TINY_SHAKESPEARE" in os.environ:
+        compare_learners("shakespeare", 512, ["ours", "recounting"], args.runs, characters=100_000)
+        compare_learners("shakespeare", 4096, [*rivals, "sentencepiece"], args.runs)
+    compare_learners("stdlib", 32768, rivals, args.runs)
+    if args.large:
+        compare_learners("packages", 32768, rivals, args.runs)
+    compare_encoders("stdlib", 32768)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Measure.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -92,6 +287,16 @@ def main():
         "--megabytes", type=int, nargs=2, default=(50, 500), help="sizes of the two corpora (50 500)"
     )
     command.set_defaults(bench=bench_prepare)
+    command = commands.add_parser("tokenizer", help="learning and applying a vocabulary")
+    command.add_argument("--runs", type=int, default=3, help="runs of each (3)")
+    command.add_argument("--large", action="store_true", help="also 200 MB of text from installed packages")
+    command.set_defaults(bench=bench_tokenizer)
+    command = commands.add_parser("learn", help="one run of one learner, for `tokenizer`")
+    command.add_argument("corpus", choices=["shakespeare", "stdlib", "packages"])
+    command.add_argument("vocab_size", type=int)
+    command.add_argument("learner", choices=LEARNERS)
+    command.add_argument("--characters", type=int, default=0, help="only so many of the first document")
+    command.set_defaults(bench=bench_learn)
     args = parser.parse_args()
     args.bench(args)
 
