@@ -4,7 +4,7 @@ A model reads a fixed list of tokens. Byte-level byte-pair encoding (Sennrich et
 2019) learns that list from text: start from the 256 bytes, and again and again make the most frequent pair of
 neighbours one new token.
 
-    "the then" -> t h e _ t h e n -> (th) e _ (th) e n -> (the) _ (the) n
+    "the then" -> t h e _ t h e n -> t (he) _ t (he) n -> (the) _ (the) n
 
 Learning is written out below; applying what was learned is left to tiktoken. The file is a Hugging Face
 `tokenizer.json`: the whole ecosystem opens ours, and this opens those of GPT-2, Llama 3, Qwen or SmolLM.
@@ -23,12 +23,10 @@ import re
 import signal
 import sys
 import unicodedata
-from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cache, partial
 from heapq import heapify, heappop, heappush
-from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
@@ -36,14 +34,15 @@ import regex
 import tiktoken
 
 # No merge crosses the border of a chunk, so that "dog", "dog." and "dog!" share their token. A chunk is, in
-# this order: an English contraction, a word with the one blank or sign before it, up to three digits, signs,
-# blanks up to a line's end, other blanks.
+# this order: an English contraction; a word with the space or punctuation mark before it; up to three digits;
+# punctuation with the line ends after it; whitespace up to a line's end; other whitespace.
 GPT4_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-BYTES = [bytes([byte]) for byte in range(256)]
+BYTES = [bytes([byte]) for byte in range(256)]  # the first tokens
+covering = r"{0}|(?:(?!{0})[\s\S])+".format  # a pattern or, where it doesn't match, all up to its next match
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 # How a conversation becomes text (ChatML), in the language that transformers and vLLM read.
@@ -53,72 +52,6 @@ CHAT_TEMPLATE = (
 )
 
 
-def batches_of(items, size, length=len):
-    """Group items into lists whose lengths add up to about `size`."""
-    batch, total = [], 0
-    for item in items:
-        batch.append(item)
-        total += length(item)
-        if total >= size:
-            yield batch
-            batch, total = [], 0
-    yield batch
-
-
-def covering(pattern):
-    """The pattern or, where it doesn't match, all up to its next match: no character is lost."""
-    return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
-
-
-def unicode_ranges(character_class):
-    """The characters of a class such as \\p{L} below U+10000, as the inside of a [...] for `re`."""
-    plane = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)]))
-    runs = regex.findall(character_class + "+", plane)
-    return "".join(f"\\u{ord(run[0]):04x}-\\u{ord(run[-1]):04x}" for run in runs)
-
-
-@cache
-def compile_splitter(pattern):
-    """Return a function that cuts a text into chunks, a list of str. Raises ValueError for a bad pattern.
-
-    The library `re` is about twice as fast as `regex`, but knows no \\p{L}: such classes are written out for
-    it as ranges below U+10000. Texts with characters beyond, and what `re` can't say, are left to `regex`.
-    """
-    try:
-        exact = regex.compile(covering(pattern))
-    except regex.error as error:
-        raise ValueError(f"the split pattern {pattern} is no regular expression: {error}") from None
-    if exact.groups or exact.match(""):
-        raise ValueError(f"the split pattern has a capturing group or matches the empty text: {pattern}")
-
-    def write_out(match):  # \p{L} -> [ranges], [^\p{L}] -> [^ranges], \S -> [^ranges]
-        written = match.group().replace(r"\S", r"[^\s]")
-        written = re.sub(r"\\p\{\w+\}|\\s", lambda part: unicode_ranges(part.group()), written)
-        return written if "[" in written else f"[{written}]"
-
-    fast = exact
-    if not re.search(r"\\[^pnrtsS]|\[\^?[\[\]]|\[[^\]]*\\S", pattern):  # \w, \d ... differ in `re`
-        with suppress(re.error):  # `++` needs Python 3.11
-            fast = re.compile(covering(re.sub(r"\[[^\]]*\]|\\p\{\w+\}|\\[sS]", write_out, pattern)))
-
-    def split(text):
-        if text.isascii():
-            return fast.findall(text)
-        units = text.encode("utf-16-le", "surrogatepass")
-        text = units.decode("utf-16-le", "replace")  # half of a surrogate pair is no character: U+FFFD
-        return (exact if len(units) > 2 * len(text) else fast).findall(text)
-
-    return split
-
-
-def count_chunks(texts, pattern):
-    """How often each chunk occurs in a list of texts, as a Counter."""
-    split, counts = compile_splitter(pattern), Counter()
-    for text in texts:
-        counts.update(split(text))
-    return counts
-
-
 def learn_merges(chunks, n_merges, log):
     """Learn up to n_merges merges from {chunk: count}; return them in order as pairs of bytes.
 
@@ -126,9 +59,9 @@ def learn_merges(chunks, n_merges, log):
     code points are token ids*: a pair is then a str of two characters, a merge is `str.split` and `str.join`,
     and the order of strings is the rule for ties. Only what a merge changes is counted again.
     """
-    words = [chunk.encode().decode("latin-1") for chunk in chunks]  # one character a byte
-    count_of = list(chunks.values()).__getitem__  # of a word's number
-    where = defaultdict(list)  # pair -> numbers of the words that hold it, or once did, for each occurrence
+    words = [chunk.encode().decode("latin-1") for chunk in chunks]  # chunks as ids: one character a byte
+    count_of = list(chunks.values()).__getitem__  # count_of(i): how often words[i] occurs in the text
+    where = defaultdict(list)  # pair -> i for each occurrence in words[i]; some may be out of date
     for i, word in enumerate(words):
         for left, right in zip(word, word[1:]):
             where[left + right].append(i)
@@ -146,8 +79,8 @@ def learn_merges(chunks, n_merges, log):
         new = chr(len(tokens))
         merges.append((tokens[ord(left)], tokens[ord(right)]))
         tokens.append(b"".join(merges[-1]))
-        before, after = defaultdict(list), defaultdict(list)  # neighbour of the pair -> numbers of the words
-        doubled = []  # words in which the pair's neighbour is the pair, as in "abab"
+        before, after = defaultdict(list), defaultdict(list)  # a neighbour of the pair -> i
+        doubled = []  # i where the pair's neighbour is the pair itself, as in "abab"
         for i in dict.fromkeys(where.pop(pair)):  # each word once, in order
             pieces = words[i].split(pair)
             if len(pieces) == 1:  # an earlier merge took this one
@@ -162,7 +95,7 @@ def learn_merges(chunks, n_merges, log):
         changes = [(symbol + left, symbol + new, found) for symbol, found in before.items()]
         changes += [(right + symbol, new + symbol, found) for symbol, found in after.items()]
         changes += [(right + left, new + new, doubled)] if doubled else []
-        for gone, made, found in changes:
+        for gone, made, found in changes:  # x l r y -> x new y: "xl" gives way to "x new", "ry" to "new y"
             count = sum(map(count_of, found))
             pair_counts[gone] -= count
             pair_counts[made] = count
@@ -174,17 +107,80 @@ def learn_merges(chunks, n_merges, log):
     return merges
 
 
+def unicode_ranges(name):
+    """The characters of a class such as \\p{L} below U+10000, as the inside of a [...] for `re`."""
+    plane = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)]))
+    return "".join(f"\\u{ord(run[0]):04x}-\\u{ord(run[-1]):04x}" for run in regex.findall(name + "+", plane))
+
+
+@cache
+def compile_splitter(pattern):
+    """Return a function that cuts a text into chunks, a list of str. Raises ValueError for a bad pattern.
+
+    The library `re` is about twice as fast as `regex`, but knows no \\p{L}. For the two patterns above, such
+    classes are written out as ranges below U+10000; texts with characters beyond are left to `regex`.
+    """
+    try:
+        exact = regex.compile(covering(pattern))
+    except regex.error as error:
+        raise ValueError(f"the split pattern {pattern} is no regular expression: {error}") from None
+    anchors = re.search(r"\^|(?<!\+\+)\$|\(\?\w+[):]", re.sub(r"\\.|\[(\\.|[^\]\\])*\]|\(\?i:", "", pattern))
+    if exact.groups or anchors or "" in exact.findall("".join(map(chr, range(0x3100)))):
+        raise ValueError(f"a group, an anchor, a flag or a match of nothing in the split pattern {pattern}")
+
+    def write_out(match):  # \p{L} -> [ranges], [^\p{L}] -> [^ranges], \S -> [^ranges]
+        written = match.group().replace(r"\S", r"[^\s]")
+        written = re.sub(r"\\p\{\w+\}|\\s", lambda part: unicode_ranges(part.group()), written)
+        return written if "[" in written else f"[{written}]"
+
+    fast = exact
+    if pattern in (GPT2_PATTERN, GPT4_PATTERN) and sys.version_info >= (3, 11):  # `re` knows `++` since then
+        fast = re.compile(covering(re.sub(r"\[[^\]]*\]|\\p\{\w+\}|\\[sS]", write_out, pattern)))
+    beyond = re.compile("[\U00010000-\U0010ffff]").search
+    return lambda text: (fast if text.isascii() or not beyond(text) else exact).findall(text)
+
+
+def mend_surrogates(text):
+    """Half of a surrogate pair, which UTF-8 can't write, becomes U+FFFD."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def count_chunks(texts, pattern):
+    """How often each chunk occurs in a list of texts, as a Counter."""
+    split, counts = compile_splitter(pattern), Counter()
+    for text in texts:
+        counts.update(split(mend_surrogates(text)))
+    return counts
+
+
+def map_batches(pool, function, items, size, length=len):
+    """Yield function(batch) in order for lists of items of about `size` in all, a few of them in advance."""
+    waiting, batch, total = deque(), [], 0
+    for item in items:
+        batch.append(item)
+        total += length(item)
+        if total >= size:
+            waiting.append(pool.submit(function, batch))
+            batch, total = [], 0
+        if len(waiting) > os.cpu_count() + 1:
+            yield waiting.popleft().result()
+    waiting.append(pool.submit(function, batch))
+    for future in waiting:
+        yield future.result()
+
+
 def byte_symbols():
     """GPT-2's printable stand-in for each byte, in which tokenizer.json spells its tokens, as a list."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+    return [chr(byte if chr(byte).isprintable() and byte != 32 else next(others)) for byte in range(256)]
 
 
 def tokenizer_json(ids, merges, pattern, special_tokens, ignore_merges=False):
     """A tokenizer.json as a dict. ids {bytes: id}, merges [(bytes, bytes)], special_tokens {text: id}."""
     symbols = byte_symbols()
     names = {token: "".join(symbols[byte] for byte in token) for token in ids}
+    if clash := [text for text in special_tokens if text in names.values() or text.encode() in ids]:
+        raise ValueError(f"the special token {clash[0]!r} is an ordinary token of this vocabulary too")
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     split = dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
@@ -204,71 +200,89 @@ def tokenizer_json(ids, merges, pattern, special_tokens, ignore_merges=False):
 
 def read_patterns(pre_tokenizer):
     """The patterns by which a tokenizer.json cuts text, to be applied one after the other."""
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    *steps, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     patterns = []
-    for step in steps:
+    for step in [*steps, last]:
         match step:
             case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}:
                 patterns.append(pattern)
             case {"type": "Digits", "individual_digits": alone}:
                 patterns.append(r"\p{N}" if alone else r"\p{N}+")
-            case {"type": "ByteLevel", "add_prefix_space": False} if step is steps[-1]:
-                patterns += [GPT2_PATTERN] if step.get("use_regex", True) else []
+            case {"type": "ByteLevel", "add_prefix_space": False} if step is last:
+                return patterns + ([GPT2_PATTERN] if step.get("use_regex", True) else []) or [r"[\s\S]+"]
             case _:
-                raise ValueError(f"pre_tokenizer: {json.dumps(step)} is not supported")
-    return patterns or [r"[\s\S]+"]
+                break
+    raise ValueError(f"pre_tokenizer: {json.dumps(step)} is not supported here")
 
 
 class Tokenizer:
-    """A vocabulary at work, from the content of a tokenizer.json; ValueError for what is not supported. Those
-    learned here number the 256 bytes, the merges as learned, then the special tokens. Text never becomes a
-    special token; added tokens that aren't special are found in it.
+    """A vocabulary at work, made from the content of a tokenizer.json; ValueError for what is not supported.
+
+    tokens {id: bytes}, special_tokens {text: id}, bytes_per_token[id] (0 for special tokens). Those learned
+    here number the bytes, the merges in order, the special tokens. Text never becomes a special token, but
+    added tokens that aren't special are found in it. A post_processor is left to the caller.
     """
 
     def __init__(self, document):
         self.document = document
         model, added, normalizer = document["model"], document["added_tokens"], document.get("normalizer")
-        known = dict(type="BPE", byte_fallback=False, continuing_subword_prefix="", end_of_word_suffix="")
-        for field, value in known.items():
-            if (model.get(field) or value) != value:
-                raise ValueError(f"model.{field}: {model[field]} is not supported")
+        options = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+        odd = {field: model[field] for field in options if model.get(field)}
+        if odd or model.get("type", "BPE") != "BPE":
+            raise ValueError(f"model: {model.get('type')} {odd or ''} is not supported")
         if normalizer not in (None, {"type": "NFC"}):
             raise ValueError(f"normalizer: {json.dumps(normalizer)} is not supported")
         for token in added:
-            if not token["special"] and (token["single_word"] or token["lstrip"] or token["rstrip"]):
+            odd = not token["special"] and (token["single_word"] or token["lstrip"] or token["rstrip"])
+            if odd or model["vocab"].get(token["content"], token["id"]) != token["id"]:
                 raise ValueError(f"added_tokens: {token} is not supported")
-        self._patterns = read_patterns(document["pre_tokenizer"])
         self.special_tokens = {token["content"]: token["id"] for token in added if token["special"]}
-        self._literals = {token["content"]: token["id"] for token in added if not token["special"]}
+        literals = {token["content"]: token["id"] for token in added if not token["special"]}
         byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
-        others = self.special_tokens | self._literals
+        others = literals | self.special_tokens
         spelled = {name: bytes([byte_of[c] for c in name]) for name in model["vocab"] if name not in others}
         ids = {token: model["vocab"][name] for name, token in spelled.items()}
         self.halves = {}  # token -> the two that its first merge joins
         for merge in model["merges"]:
             left, right = (spelled[name] for name in (merge.split(" ") if isinstance(merge, str) else merge))
             self.halves.setdefault(left + right, (left, right))
-        # tiktoken merges any two neighbours that spell a token, the lowest rank first. That is the same where
-        # merges were learned, which make a token of the same two always, or where the file lists all pairs.
-        order = [*BYTES, *self.halves, *(ids if model.get("ignore_merges") else ())]
-        ranks = {token: rank for rank, token in enumerate(dict.fromkeys(order))}
+        # tiktoken needs no merges: it joins any neighbours that spell a token, the lowest rank first. That is
+        # the same for merges that were learned; a token without one must not be spelled by two others.
+        whole = ids.keys() - self.halves.keys() - set(BYTES) if model.get("ignore_merges") else set()
+        for token in whole:
+            if any(token[:i] in ids and token[i:] in ids for i in range(1, len(token))):
+                raise ValueError(f"model.merges: {token!r} has none, though two other tokens spell it")
+        ranks = {token: rank for rank, token in enumerate(dict.fromkeys([*BYTES, *self.halves, *whole]))}
         if missing := ranks.keys() - ids.keys():
             raise ValueError(f"model.vocab: it lacks {min(missing)!r}, a byte or what a merge makes")
-        self._ids = [ids[token] for token in ranks]  # by rank
-        tokens = [*ids.items(), *((text.encode(), i) for text, i in others.items())]
-        self.tokens = {i: token for token, i in tokens}  # id -> bytes
-        if len(self.tokens) < len(tokens):
-            raise ValueError("two tokens have the same id")
+        self._id_of_rank = np.array([*(ids[token] for token in ranks), *literals.values()])
+        self._rank_of_literal = {text: len(ranks) + k for k, text in enumerate(literals)}
+        texts = [*ids.items(), *((text.encode(), i) for text, i in literals.items())]
+        self.tokens = {i: token for token, i in texts} | {
+            i: t.encode() for t, i in self.special_tokens.items()
+        }
+        if len(self.tokens) < len(ids) + len(added) or not all(
+            type(i) is int and i >= 0 for i in self.tokens
+        ):
+            raise ValueError("ids must be whole numbers, each given once")
         self.vocab_size = max(self.tokens) + 1
-        self.bytes_per_token = np.zeros(self.vocab_size, dtype=np.int64)  # of text: none in special tokens
-        self.bytes_per_token[list(self.tokens)] = list(map(len, self.tokens.values()))
-        self.bytes_per_token[list(self.special_tokens.values())] = 0
-        pattern = covering(self._patterns[-1])
-        self._encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.bytes_per_token = np.zeros(self.vocab_size, dtype=np.int64)
+        self.bytes_per_token[[i for _, i in texts]] = [len(token) for token, _ in texts]
+
+        *steps, self._split = map(compile_splitter, patterns := read_patterns(document["pre_tokenizer"]))
+        if normalizer:
+            steps.insert(0, lambda text: [unicodedata.normalize("NFC", text)])
+        if literals:
+            longest_first = sorted(literals, key=len, reverse=True)
+            steps.insert(0, compile_splitter("|".join(map(regex.escape, longest_first))))
+        self._steps = steps  # what is done to a text before tiktoken gets it
+        pattern = covering(patterns[-1])
+        unused = {"<": len(ranks)}  # without any special token, tiktoken is slower
+        self._encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens=unused)
 
     @property
     def fingerprint(self):
-        """A hash of all that decides the ids: two tokenizers with the same one encode alike."""
+        """A hash of the whole document: two tokenizers with the same one encode alike."""
         return hashlib.sha256(json.dumps(self.document, sort_keys=True).encode()).hexdigest()[:16]
 
     @classmethod
@@ -277,23 +291,23 @@ class Tokenizer:
     ):
         """Learn a vocabulary from an iterable of str, read once, as needed. `log` is given a line at times.
 
-        Text that runs out of pairs gives a smaller vocabulary. Raises ValueError for documents without text,
-        a vocab_size that can't hold the bytes and the special tokens, and special tokens that clash.
+        Text that runs out of pairs gives a smaller vocabulary; no text or unusable settings raise ValueError.
         """
         log = log or (lambda line: None)
         least = 256 + len(special_tokens)
-        if vocab_size < least:
-            raise ValueError(f"a vocabulary of {vocab_size} can't hold the {least} bytes and special tokens")
+        if not least <= vocab_size <= 2**20:
+            raise ValueError(
+                f"vocabulary size {vocab_size} is outside {least} (bytes, special tokens) to 2^20"
+            )
         if len(set(special_tokens) - {""}) < len(special_tokens):
             raise ValueError(f"a special token is empty or given twice: {', '.join(special_tokens)}")
-        chunks, batches = Counter(), batches_of(documents, 2**22)
-        count = partial(count_chunks, pattern=pattern)
-        quiet = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is for the parent
-        with Pool(processes, *quiet) if processes > 1 else nullcontext() as pool:
-            for n, counts in enumerate(pool.imap(count, batches) if pool else map(count, batches), 1):
+        chunks, count = Counter(), partial(count_chunks, pattern=pattern)
+        workers = ProcessPoolExecutor(processes, None, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        with workers if processes > 1 else ThreadPoolExecutor(1) as pool:  # Ctrl-C is for the parent alone
+            for n, counts in enumerate(map_batches(pool, count, documents, 2**22), 1):
                 chunks.update(counts)
                 if n % 16 == 0:
-                    log(f"{n * 2**22:,} characters, {len(chunks):,} different chunks")
+                    log(f"{n} batches of text, {len(chunks):,} different chunks")
         if not chunks:
             raise ValueError("there is no training text to learn a vocabulary from")
         log(f"{chunks.total():,} chunks, {len(chunks):,} different")
@@ -303,8 +317,6 @@ class Tokenizer:
         finally:
             gc.enable()
         tokens = [*BYTES, *(left + right for left, right in merges)]
-        if clash := {text.encode() for text in special_tokens}.intersection(tokens):
-            raise ValueError(f"the special token {min(clash)!r} was learned as an ordinary one too")
         specials = {text: len(tokens) + i for i, text in enumerate(special_tokens)}
         if len(tokens) + len(specials) < vocab_size:
             log(f"the text has no more pairs: {len(tokens) + len(specials)} tokens, not {vocab_size}")
@@ -316,34 +328,28 @@ class Tokenizer:
         ranks = encoding._mergeable_ranks
         pairs = ((token[:i], token[i:]) for token in sorted(ranks, key=ranks.get) for i in range(len(token)))
         merges = [(left, right) for left, right in pairs if left in ranks and right in ranks]
-        # {1,3}+ is possessive for tiktoken, but a repeated repeat for the other engines
+        # {1,3}+ is possessive for tiktoken, a repeat of {1,3} for the tokenizers library
         pattern = re.sub(r"(\d\})\+(?=\||$)", r"\1", encoding._pat_str)
         return cls(tokenizer_json(ranks, merges, pattern, encoding._special_tokens, ignore_merges=True))
 
     def encode(self, text):
         """Text -> list of ids. Always as ordinary text: no id of a special token ever comes out."""
-        parts, ids = [text], []
-        if self._literals:
-            longest_first = sorted(self._literals, key=len, reverse=True)
-            parts = compile_splitter("|".join(map(regex.escape, longest_first)))(text)
-        for part in parts:
-            ids += [self._literals[part]] if part in self._literals else self._encode_stretch(part)
-        return ids
+        return self.encode_to_array(text).tolist()
 
-    def _encode_stretch(self, text):
-        """Encode the text between added tokens."""
-        parts = [unicodedata.normalize("NFC", text) if self.document.get("normalizer") else text]
-        for pattern in self._patterns[:-1]:
-            parts = [piece for part in parts for piece in compile_splitter(pattern)(part)]
-        ranks = []
+    def encode_to_array(self, text):
+        """Text -> ids as an array, without a Python object per token."""
+        parts, literals = [mend_surrogates(text)], self._rank_of_literal
+        for step in self._steps:
+            parts = [piece for part in parts for piece in ([part] if part in literals else step(part))]
+        ranks = [np.uint32([])]
         for part in parts:
-            samples = part[::100_000]  # two in a row blank: there may be too many blanks for tiktoken
-            if any(one.isspace() and two.isspace() for one, two in zip(samples, samples[1:])):
-                for chunk in compile_splitter(self._patterns[-1])(part):
-                    ranks += self._encoding._encode_single_piece(chunk)
+            if part in literals:
+                ranks.append([literals[part]])
+            elif len(part) > 500_000:  # tiktoken panics if nearly a million characters are one run of blanks
+                ranks += [self._encoding._encode_single_piece(chunk) for chunk in self._split(part)]
             else:
-                ranks += self._encoding.encode_ordinary(part)
-        return list(map(self._ids.__getitem__, ranks))
+                ranks.append(self._encoding.encode_to_numpy(part, disallowed_special=()))
+        return self._id_of_rank[np.concatenate(ranks).astype(np.int64)]
 
     def encode_batch(self, texts):
         """Texts -> their lists of ids, on all cores."""
@@ -385,11 +391,11 @@ class Tokenizer:
     @classmethod
     def load(cls, path):
         """Read a byte-level BPE tokenizer.json. Raises ValueError for a damaged file or another kind."""
-        kinds = "a tokenizer.json of byte-level BPE, such as that of GPT-2, Llama 3, Qwen or SmolLM"
         try:
             return cls(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (KeyError, TypeError, AttributeError, ValueError) as problem:
-            raise ValueError(f"{path} is not {kinds}: {problem!r}") from None
+        except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as problem:
+            kinds = "a tokenizer.json of byte-level BPE, such as that of GPT-2, Llama 3, Qwen or SmolLM"
+            raise ValueError(f"{path} is not {kinds}: {problem!r:.300}") from None
 
 
 def visible(token):
@@ -399,9 +405,9 @@ def visible(token):
 
 
 def merge_tree(token, halves):
-    """How a token is merged, as in ((t h) e)."""
+    """How a token is merged, as in ⟨t ⟨h e⟩⟩."""
     parts = [merge_tree(half, halves) for half in halves.get(token, ())]
-    return f"({' '.join(parts)})" if parts else visible(token)
+    return f"⟨{' '.join(parts)}⟩" if parts else visible(token)
 
 
 def show(tokenizer, text):
@@ -409,12 +415,11 @@ def show(tokenizer, text):
     ids = tokenizer.encode(text)
     pieces = [visible(tokenizer.tokens[i]) for i in ids]
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-        backgrounds = (157, 222, 153, 217)
-        pieces = [f"\033[30;48;5;{backgrounds[k % 4]}m{piece}\033[0m" for k, piece in enumerate(pieces)]
+        pieces = [f"\033[30;48;5;{(157, 222, 153, 217)[k % 4]}m{p}\033[0m" for k, p in enumerate(pieces)]
     print("|".join(pieces))
     for i in dict.fromkeys(ids):
         print(f"{i:8}  {merge_tree(tokenizer.tokens[i], tokenizer.halves)}")
-    n_bytes = len(text.encode("utf-8", "replace"))
+    n_bytes = sum(len(tokenizer.tokens[i]) for i in ids)
     print(f"{n_bytes} bytes, {len(ids)} tokens: {n_bytes / max(1, len(ids)):.2f} bytes per token")
 
 
@@ -422,13 +427,13 @@ def main():
     parser = argparse.ArgumentParser(description="Learn a vocabulary, or look at one.")
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("train", help="learn a vocabulary from text files").add_argument
-    add("paths", nargs="+", metavar="PATH", help="text files, UTF-8")
+    add("paths", nargs="+", metavar="PATH", help="text files, UTF-8; stray bytes are read as U+FFFD")
     add("--vocab-size", type=int, default=8192, help="bytes, merges and special tokens in all (8192)")
     add("--pattern", default=GPT4_PATTERN, help="regular expression that cuts text into chunks (GPT-4's)")
     add("--out", default="tokenizer.json", help="the file to write (tokenizer.json)")
     add = commands.add_parser("show", help="see the pieces of a text").add_argument
     add("file", help="a tokenizer.json")
-    add("text")
+    add("text", help="the text to cut into tokens")
     args = parser.parse_args()
     if args.command == "show":
         return show(Tokenizer.load(args.file), args.text)

@@ -25,6 +25,8 @@ import urllib.error
 import urllib.request
 from array import array
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tokenizer import SPECIAL_TOKENS, Tokenizer, batches_of  # noqa: E402
+from tokenizer import SPECIAL_TOKENS, Tokenizer, map_batches  # noqa: E402
 
 VERSION = 1  # of the files written here
 DATA = ROOT / "data"
@@ -45,9 +47,7 @@ END_OF_TEXT = SPECIAL_TOKENS[0]
 TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_STORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
 DOWNLOADS = {  # name -> [(URL, SHA-256 or None)]
-    "shakespeare": [
-        (TINY_SHAKESPEARE, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-    ],
+    "shakespeare": [(TINY_SHAKESPEARE, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")],
     "tinystories": [(TINY_STORIES + "train.txt", None), (TINY_STORIES + "valid.txt", None)],
 }
 SOURCES = ("pystdlib", *DOWNLOADS)
@@ -316,35 +316,29 @@ class TokenWriter:
             os.replace(self.files[0].name, self.folder / f"{self.split}.bin")
 
 
-def encode_pieces(pieces, tokenizer):
-    """A list of what Split.pieces yields -> {"train": ids, "val": ids}, <|endoftext|> after each document."""
-    texts = [text for _, text in pieces if text is not None]
-    encoded = iter(tokenizer.encode_batch(texts))
-    end = [tokenizer.special_tokens[END_OF_TEXT]]
-    ids = {"train": [], "val": []}
-    for split, text in pieces:
-        ids[split] += end if text is None else next(encoded)
-    return ids
+def learn_vocabulary(pieces, split, vocab_size):
+    """Train a Tokenizer on the training text among pieces.
 
-
-def default_vocab_size(n_bytes):
-    """The power of two next to the square root of the corpus's bytes, from 512 to 65,536.
-
+    Without vocab_size: the power of two next to the square root of the corpus's bytes, from 512 to 65,536.
     More tokens shorten the text, but each is seen more rarely. 1 MB: 1,024, 10 MB: 4,096, 2 GB: 32,768.
     """
-    return int(2 ** np.clip(round(np.log2(n_bytes) / 2), 9, 16))
-
-
-def learn_vocabulary(pieces, split, vocab_size):
-    """Train a Tokenizer on the training text among pieces."""
     if vocab_size is None:
-        vocab_size = default_vocab_size(split.bytes)
+        vocab_size = int(2 ** np.clip(round(np.log2(split.bytes) / 2), 9, 16))
         print(f"vocabulary: {vocab_size:,} tokens, the power of two next to sqrt({split.bytes:,} bytes)")
     progress = Progress("learning it", split.bytes)
     texts = (text for part, text in pieces if text and part == "train")
     tokenizer = Tokenizer.train(texts, vocab_size, processes=os.cpu_count(), log=progress.done)
     progress.done(f"{tokenizer.vocab_size:,} tokens")
     return tokenizer
+
+
+def encode_pieces(pieces, tokenizer):
+    """A list of what Split.pieces yields -> {"train": ids, "val": ids}, <|endoftext|> after each document."""
+    end = np.uint32([tokenizer.special_tokens[END_OF_TEXT]])
+    ids = {"train": [], "val": []}
+    for split, text in pieces:
+        ids[split].append(end if text is None else tokenizer.encode_to_array(text))
+    return {split: np.concatenate(arrays) for split, arrays in ids.items() if arrays}
 
 
 def write_tokens(pieces, tokenizer, folder, n_bytes):
@@ -354,14 +348,15 @@ def write_tokens(pieces, tokenizer, folder, n_bytes):
     counts = {name: {"train": 0, "val": 0} for name in ("documents", "bytes", "tokens")}
     end, sizes = tokenizer.special_tokens[END_OF_TEXT], tokenizer.bytes_per_token
     progress = Progress("encoding", n_bytes)
-    for batch in batches_of(pieces, 2**19, lambda piece: len(piece[1] or "")):
-        for split, ids in encode_pieces(batch, tokenizer).items():
-            ids = np.array(ids, dtype=dtype)
-            writers[split].write(ids)
-            counts["documents"][split] += int((ids == end).sum())
-            counts["bytes"][split] += int(sizes[ids].sum())
-            counts["tokens"][split] += len(ids)
-        progress.show(sum(counts["bytes"].values()) / n_bytes)
+    encode = partial(encode_pieces, tokenizer=tokenizer)
+    with ThreadPoolExecutor() as pool:
+        for encoded in map_batches(pool, encode, pieces, 2**16, lambda piece: len(piece[1] or "")):
+            for split, ids in encoded.items():
+                writers[split].write(ids.astype(dtype))
+                counts["documents"][split] += int((ids == end).sum())
+                counts["bytes"][split] += int(sizes[ids].sum())
+                counts["tokens"][split] += len(ids)
+            progress.show(sum(counts["bytes"].values()) / n_bytes)
     for writer in writers.values():
         writer.finish()
     if min(counts["tokens"].values()) < 3:
@@ -425,7 +420,7 @@ def main():
         "sources",
         nargs="*",
         metavar="SOURCE",
-        help=f"{known}, or your own files and folders with {suffixes} (pystdlib)",
+        help=f"{known}, or files and folders with {suffixes} (pystdlib)",
     )
     add("--name", help="name of the folder under data/ (that of the first source)")
     add("--vocab-size", type=int, help="tokens in the vocabulary (chosen by the size of the corpus)")
