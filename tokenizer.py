@@ -218,9 +218,8 @@ def read_patterns(pre_tokenizer):
 class Tokenizer:
     """A vocabulary at work, made from the content of a tokenizer.json; ValueError for what is not supported.
 
-    tokens {id: bytes}, special_tokens {text: id}, bytes_per_token[id] (0 for special tokens). Those learned
-    here number the bytes, the merges in order, the special tokens. Text never becomes a special token, but
-    added tokens that aren't special are found in it. A post_processor is left to the caller.
+    tokens {id: bytes}, special_tokens {text: id}, bytes_per_token[id] (special tokens: 0). Text never becomes a
+    special token; other added tokens are found in it. A post_processor is left to the caller.
     """
 
     def __init__(self, document):
@@ -261,9 +260,8 @@ class Tokenizer:
         self.tokens = {i: token for token, i in texts} | {
             i: t.encode() for t, i in self.special_tokens.items()
         }
-        if len(self.tokens) < len(ids) + len(added) or not all(
-            type(i) is int and i >= 0 for i in self.tokens
-        ):
+        numbers = all(type(i) is int and i >= 0 for i in self.tokens)
+        if len(self.tokens) < len(ids) + len(added) or not numbers:
             raise ValueError("ids must be whole numbers, each given once")
         self.vocab_size = max(self.tokens) + 1
         self.bytes_per_token = np.zeros(self.vocab_size, dtype=np.int64)
@@ -296,9 +294,7 @@ class Tokenizer:
         log = log or (lambda line: None)
         least = 256 + len(special_tokens)
         if not least <= vocab_size <= 2**20:
-            raise ValueError(
-                f"vocabulary size {vocab_size} is outside {least} (bytes, special tokens) to 2^20"
-            )
+            raise ValueError(f"vocabulary size {vocab_size} is outside {least} (bytes, specials) to 2^20")
         if len(set(special_tokens) - {""}) < len(special_tokens):
             raise ValueError(f"a special token is empty or given twice: {', '.join(special_tokens)}")
         chunks, count = Counter(), partial(count_chunks, pattern=pattern)
