@@ -91,7 +91,8 @@ def learn_merges(chunks, n_merges, log):
                     before[head[-1]].append(i)
                 if tail:
                     after[tail[0]].append(i)
-            doubled += [i] * pieces[1:-1].count("")
+            if len(pieces) > 2:
+                doubled += [i] * pieces[1:-1].count("")
         changes = [(symbol + left, symbol + new, found) for symbol, found in before.items()]
         changes += [(right + symbol, new + symbol, found) for symbol, found in after.items()]
         changes += [(right + left, new + new, doubled)] if doubled else []
@@ -153,8 +154,8 @@ def count_chunks(texts, pattern):
     return counts
 
 
-def map_batches(pool, function, items, size, length=len):
-    """Yield function(batch) in order for lists of items of about `size` in all, a few of them in advance."""
+def map_batches(pool, function, items, size, ahead, length=len):
+    """Yield function(batch) in order for lists of items of about `size` in all, `ahead` of them early."""
     waiting, batch, total = deque(), [], 0
     for item in items:
         batch.append(item)
@@ -162,7 +163,7 @@ def map_batches(pool, function, items, size, length=len):
         if total >= size:
             waiting.append(pool.submit(function, batch))
             batch, total = [], 0
-        if len(waiting) > os.cpu_count() + 1:
+        if len(waiting) > ahead:
             yield waiting.popleft().result()
     waiting.append(pool.submit(function, batch))
     for future in waiting:
@@ -218,8 +219,8 @@ def read_patterns(pre_tokenizer):
 class Tokenizer:
     """A vocabulary at work, made from the content of a tokenizer.json; ValueError for what is not supported.
 
-    tokens {id: bytes}, special_tokens {text: id}, bytes_per_token[id] (special tokens: 0). Text never becomes a
-    special token; other added tokens are found in it. A post_processor is left to the caller.
+    tokens {id: bytes}, special_tokens {text: id}, bytes_per_token[id] (special tokens: 0). Text never becomes
+    a special token; other added tokens are found in it. A post_processor is left to the caller.
     """
 
     def __init__(self, document):
@@ -260,20 +261,19 @@ class Tokenizer:
         self.tokens = {i: token for token, i in texts} | {
             i: t.encode() for t, i in self.special_tokens.items()
         }
-        numbers = all(type(i) is int and i >= 0 for i in self.tokens)
-        if len(self.tokens) < len(ids) + len(added) or not numbers:
-            raise ValueError("ids must be whole numbers, each given once")
+        if len(self.tokens) < len(ids) + len(added) or not 0 <= min(self.tokens) <= max(self.tokens) < 2**24:
+            raise ValueError("ids must be whole numbers below 2^24, each given once")
         self.vocab_size = max(self.tokens) + 1
         self.bytes_per_token = np.zeros(self.vocab_size, dtype=np.int64)
         self.bytes_per_token[[i for _, i in texts]] = [len(token) for token, _ in texts]
 
-        *steps, self._split = map(compile_splitter, patterns := read_patterns(document["pre_tokenizer"]))
+        patterns = read_patterns(document["pre_tokenizer"])
+        *self._steps, self._split = map(compile_splitter, patterns)  # tiktoken does the last one
         if normalizer:
-            steps.insert(0, lambda text: [unicodedata.normalize("NFC", text)])
+            self._steps.insert(0, lambda text: [unicodedata.normalize("NFC", text)])
         if literals:
             longest_first = sorted(literals, key=len, reverse=True)
-            steps.insert(0, compile_splitter("|".join(map(regex.escape, longest_first))))
-        self._steps = steps  # what is done to a text before tiktoken gets it
+            self._steps.insert(0, compile_splitter("|".join(map(regex.escape, longest_first))))
         pattern = covering(patterns[-1])
         unused = {"<": len(ranks)}  # without any special token, tiktoken is slower
         self._encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens=unused)
@@ -300,7 +300,7 @@ class Tokenizer:
         chunks, count = Counter(), partial(count_chunks, pattern=pattern)
         workers = ProcessPoolExecutor(processes, None, signal.signal, (signal.SIGINT, signal.SIG_IGN))
         with workers if processes > 1 else ThreadPoolExecutor(1) as pool:  # Ctrl-C is for the parent alone
-            for n, counts in enumerate(map_batches(pool, count, documents, 2**22), 1):
+            for n, counts in enumerate(map_batches(pool, count, documents, 2**22, 2 * processes - 2), 1):
                 chunks.update(counts)
                 if n % 16 == 0:
                     log(f"{n} batches of text, {len(chunks):,} different chunks")
@@ -389,7 +389,7 @@ class Tokenizer:
         """Read a byte-level BPE tokenizer.json. Raises ValueError for a damaged file or another kind."""
         try:
             return cls(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as problem:
+        except (LookupError, TypeError, AttributeError, RecursionError, ValueError) as problem:
             kinds = "a tokenizer.json of byte-level BPE, such as that of GPT-2, Llama 3, Qwen or SmolLM"
             raise ValueError(f"{path} is not {kinds}: {problem!r:.300}") from None
 

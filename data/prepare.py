@@ -350,7 +350,8 @@ def write_tokens(pieces, tokenizer, folder, n_bytes):
     progress = Progress("encoding", n_bytes)
     encode = partial(encode_pieces, tokenizer=tokenizer)
     with ThreadPoolExecutor() as pool:
-        for encoded in map_batches(pool, encode, pieces, 2**16, lambda piece: len(piece[1] or "")):
+        batches = map_batches(pool, encode, pieces, 2**16, os.cpu_count(), lambda piece: len(piece[1] or ""))
+        for encoded in batches:
             for split, ids in encoded.items():
                 writers[split].write(ids.astype(dtype))
                 counts["documents"][split] += int((ids == end).sum())

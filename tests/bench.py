@@ -228,7 +228,7 @@ def compare_learners(name, vocab_size, learners, runs, characters=0):
             results[learner].append(json.loads(output.splitlines()[-1]))
     print(f"\n{name}, {vocab_size:,} tokens, median of {runs}")
     reference = "tokenizers" if "tokenizers" in results else learners[-1]
-    print(f"{'':20}{'seconds':>9}{'split':>8}{'merge':>8}{'peak MB':>9}  of {reference}' time")
+    print(f"{'':20}{'seconds':>9}{'split':>8}{'merge':>8}{'peak MB':>9}  time, {reference} = 1")
     for learner, runs_of_it in results.items():
         row = {key: statistics.median(run[key] for run in runs_of_it) for key in runs_of_it[0]}
         ratio = statistics.median(
