@@ -125,7 +125,8 @@ def compile_splitter(pattern):
         exact = regex.compile(covering(pattern))
     except regex.error as error:
         raise ValueError(f"the split pattern {pattern} is no regular expression: {error}") from None
-    anchors = re.search(r"\^|(?<!\+\+)\$|\(\?\w+[):]", re.sub(r"\\.|\[(\\.|[^\]\\])*\]|\(\?i:", "", pattern))
+    bare = re.sub(r"\\.|\[(\\.|[^\]\\])*\]|\(\?i:", "", pattern)  # without escapes, sets and (?i:...)
+    anchors = re.search(r"\^|(?<!\+\+)\$|\(\?\w+[):]", bare)  # each library has its own idea of them
     if exact.groups or anchors or "" in exact.findall("".join(map(chr, range(0x3100)))):
         raise ValueError(f"a group, an anchor, a flag or a match of nothing in the split pattern {pattern}")
 
@@ -180,7 +181,8 @@ def tokenizer_json(ids, merges, pattern, special_tokens, ignore_merges=False):
     """A tokenizer.json as a dict. ids {bytes: id}, merges [(bytes, bytes)], special_tokens {text: id}."""
     symbols = byte_symbols()
     names = {token: "".join(symbols[byte] for byte in token) for token in ids}
-    if clash := [text for text in special_tokens if text in names.values() or text.encode() in ids]:
+    vocab = {names[token]: i for token, i in ids.items()}
+    if clash := [text for text in special_tokens if text in vocab or text.encode() in ids]:
         raise ValueError(f"the special token {clash[0]!r} is an ordinary token of this vocabulary too")
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     split = dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
@@ -193,7 +195,7 @@ def tokenizer_json(ids, merges, pattern, special_tokens, ignore_merges=False):
         "model": {
             "type": "BPE",
             "ignore_merges": ignore_merges,  # True: a chunk that is a token needs no merges
-            "vocab": {names[token]: i for token, i in ids.items()} | special_tokens,
+            "vocab": vocab | special_tokens,
             "merges": [[names[left], names[right]] for left, right in merges],
         },
     }
@@ -258,9 +260,7 @@ class Tokenizer:
         self._id_of_rank = np.array([*(ids[token] for token in ranks), *literals.values()])
         self._rank_of_literal = {text: len(ranks) + k for k, text in enumerate(literals)}
         texts = [*ids.items(), *((text.encode(), i) for text, i in literals.items())]
-        self.tokens = {i: token for token, i in texts} | {
-            i: t.encode() for t, i in self.special_tokens.items()
-        }
+        self.tokens = {i: t for t, i in texts} | {i: t.encode() for t, i in self.special_tokens.items()}
         if len(self.tokens) < len(ids) + len(added) or not 0 <= min(self.tokens) <= max(self.tokens) < 2**24:
             raise ValueError("ids must be whole numbers below 2^24, each given once")
         self.vocab_size = max(self.tokens) + 1
