@@ -339,12 +339,11 @@ class Tokenizer:
             parts = [piece for part in parts for piece in ([part] if part in literals else step(part))]
         ranks = [np.uint32([])]
         for part in parts:
-            if part in literals:
-                ranks.append([literals[part]])
-            elif len(part) > 500_000:  # tiktoken panics if nearly a million characters are one run of blanks
+            literal = [literals[part]] if part in literals else None
+            try:
+                ranks.append(literal or self._encoding.encode_to_numpy(part, disallowed_special=()))
+            except ValueError:  # its regex engine gives up, as on a million blanks in a row
                 ranks += [self._encoding._encode_single_piece(chunk) for chunk in self._split(part)]
-            else:
-                ranks.append(self._encoding.encode_to_numpy(part, disallowed_special=()))
         return self._id_of_rank[np.concatenate(ranks).astype(np.int64)]
 
     def encode_batch(self, texts):

@@ -199,21 +199,26 @@ def test_overlapping_special_tokens_stay_text_too():
     "unit", [" ", "\t", "\n", "\xa0", " \n", "a", "1", "!", "'", "é", "日", "😀", "\u0301"]
 )
 def test_a_million_repeats_are_encoded(tokenizer, unit):
-    """Long runs of blanks make tiktoken panic, with an exception that `except Exception` doesn't catch."""
+    """tiktoken's regex engine gives up on so many blanks, in some of its methods with a Rust panic."""
     text = f"so{unit * 1_000_000}."
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_a_long_text_is_encoded_as_a_short_one(tokenizer):
-    """The detour around the panic gives what tiktoken gives where it doesn't panic."""
-    text = "a" + " " * 250_000 + "b\ud800 \n" + "\t" * 210_000 + SAMPLES[0] * 500
-    assert len(text) > 500_000
-    assert tokenizer.encode(text) == tokenizer._encoding.encode_ordinary(text)
+def test_the_detour_around_tiktokens_limits_gives_the_same_ids(tokenizer, monkeypatch):
+    usual = tokenizer.encode_batch(SAMPLES)
+
+    def give_up(text, disallowed_special):
+        raise ValueError("Max stack size exceeded for backtracking")
+
+    monkeypatch.setattr(tokenizer._encoding, "encode_to_numpy", give_up)
+    assert tokenizer.encode_batch(SAMPLES) == usual
 
 
-def test_a_million_characters_that_the_pattern_leaves_out_are_encoded():
-    tokenizer = Tokenizer.train(["words"], 257, pattern=r"\p{L}+", special_tokens=())
-    assert tokenizer.encode("1" * 1_000_000) == [49] * 1_000_000
+@pytest.mark.parametrize("n", [200_000, 1_000_000])
+def test_a_million_characters_that_the_pattern_leaves_out_are_encoded(n):
+    pattern = r"\p{N}{1,3}|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|\s+(?!\S)|\s+"
+    tokenizer = Tokenizer.train(["words"], 257, pattern=pattern, special_tokens=())
+    assert tokenizer.encode("x" + "\0" * n) == [ord("x"), *[0] * n]
 
 
 @settings(max_examples=300, deadline=None)
