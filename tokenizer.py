@@ -247,6 +247,9 @@ class Tokenizer:
         self.halves = {}  # token -> the two that its first merge joins
         for merge in model["merges"]:
             left, right = (spelled[name] for name in (merge.split(" ") if isinstance(merge, str) else merge))
+            made = all(len(half) == 1 or half in self.halves for half in (left, right))
+            if not made and not model.get("ignore_merges"):
+                raise ValueError(f"model.merges: {left + right!r} is made before its halves")
             self.halves.setdefault(left + right, (left, right))
         # tiktoken needs no merges: it joins any neighbours that spell a token, the lowest rank first. That is
         # the same for merges that were learned; a token without one must not be spelled by two others.
@@ -266,7 +269,6 @@ class Tokenizer:
         self.vocab_size = max(self.tokens) + 1
         self.bytes_per_token = np.zeros(self.vocab_size, dtype=np.int64)
         self.bytes_per_token[[i for _, i in texts]] = [len(token) for token, _ in texts]
-
         patterns = read_patterns(document["pre_tokenizer"])
         *self._steps, self._split = map(compile_splitter, patterns)  # tiktoken does the last one
         if normalizer:
@@ -287,8 +289,7 @@ class Tokenizer:
     def train(
         cls, documents, vocab_size, pattern=GPT4_PATTERN, special_tokens=SPECIAL_TOKENS, processes=1, log=None
     ):
-        """Learn a vocabulary from an iterable of str, read once, as needed. `log` is given a line at times.
-
+        """Learn a vocabulary from an iterable of str, read once, as needed. `log` is given lines of progress.
         Text that runs out of pairs gives a smaller vocabulary; no text or unusable settings raise ValueError.
         """
         log = log or (lambda line: None)
@@ -298,8 +299,9 @@ class Tokenizer:
         if len(set(special_tokens) - {""}) < len(special_tokens):
             raise ValueError(f"a special token is empty or given twice: {', '.join(special_tokens)}")
         chunks, count = Counter(), partial(count_chunks, pattern=pattern)
-        workers = ProcessPoolExecutor(processes, None, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-        with workers if processes > 1 else ThreadPoolExecutor(1) as pool:  # Ctrl-C is for the parent alone
+        ignore = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is for the parent alone
+        pool = ProcessPoolExecutor(processes, None, *ignore) if processes > 1 else ThreadPoolExecutor(1)
+        with pool:
             for n, counts in enumerate(map_batches(pool, count, documents, 2**22, 2 * processes - 2), 1):
                 chunks.update(counts)
                 if n % 16 == 0:
@@ -324,8 +326,7 @@ class Tokenizer:
         ranks = encoding._mergeable_ranks
         pairs = ((token[:i], token[i:]) for token in sorted(ranks, key=ranks.get) for i in range(len(token)))
         merges = [(left, right) for left, right in pairs if left in ranks and right in ranks]
-        # {1,3}+ is possessive for tiktoken, a repeat of {1,3} for the tokenizers library
-        pattern = re.sub(r"(\d\})\+(?=\||$)", r"\1", encoding._pat_str)
+        pattern = re.sub(r"(\d\})\+(?=\||$)", r"\1", encoding._pat_str)  # other engines repeat the {1,3}
         return cls(tokenizer_json(ranks, merges, pattern, encoding._special_tokens, ignore_merges=True))
 
     def encode(self, text):

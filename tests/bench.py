@@ -96,6 +96,8 @@ def bench_prepare(args):
 def corpus(name, megabytes=200):
     """The documents of a corpus that is on this machine, read as they are needed."""
     if name == "shakespeare":
+        if "TINY_SHAKESPEARE" not in os.environ:
+            sys.exit("error: put the path of Tiny Shakespeare into the variable TINY_SHAKESPEARE")
         paths = [Path(os.environ["TINY_SHAKESPEARE"])]
     else:
         folder = Path(sysconfig.get_path("stdlib" if name == "stdlib" else "purelib"))

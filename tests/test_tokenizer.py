@@ -156,6 +156,16 @@ def test_the_usual_patterns_are_given_to_the_fast_library(pattern):
     assert any(isinstance(cell, re.Pattern) for cell in cells)
 
 
+def test_long_work_says_how_far_it_has_come():
+    lines = []
+    draw = random.Random(0)
+    words = " ".join("".join(draw.choices("abcdefghijklmnopqrst", k=6)) for _ in range(10_000))
+    Tokenizer.train([words], 256 + 3 + 9000, log=lines.append)
+    assert lines[1:] == ["8,192 of 9,000 merges"]
+    Tokenizer.train(("x" * 2**22 for _ in range(16)), 259, special_tokens=(), log=lines.append)
+    assert "16 batches of text, 1 different chunks" in lines
+
+
 def test_a_vocabulary_that_runs_out_of_pairs_is_smaller_and_says_so():
     lines = []
     tokenizer = Tokenizer.train(["abcabc"], 1000, log=lines.append)
@@ -491,6 +501,8 @@ REFUSED = {
         d["model"].update(ignore_merges=True),
         d["model"]["vocab"].update(zq=999),
     ),
+    "is made before its halves": lambda d: d["model"]["merges"].reverse(),
+    "made before its": lambda d: d["model"].update(merges=d["model"]["merges"][::2]),
     "an anchor": lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "^a|b"}),
     "added_tokens.*id": lambda d: d["added_tokens"][0].update(id=7),
     "added_tokens.*lstrip": lambda d: d["added_tokens"][0].update(special=False, lstrip=True),
