@@ -56,7 +56,7 @@ def generate(
         raise ValueError(f"top-p {top_p} is outside (0, 1]")
     if not prompts or not all(prompts):
         raise ValueError("a prompt needs at least one token")
-    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+    device, dtype = model.model.norm.weight.device, model.model.norm.weight.dtype
     generator = torch.Generator(device).manual_seed(seed)
     context = model.config.block_size
     rows = [list(prompt[-context:]) for prompt in prompts]

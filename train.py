@@ -115,26 +115,50 @@ def make_optimizers(model, lr, weight_decay):
     """Muon for the matrices inside the blocks (Jordan et al., 2024), AdamW for the rest.
 
     Muon takes a step along the orthogonal matrix that is nearest to the momentum: all directions of a matrix
-    learn at one pace. Its authors leave embedding and head to AdamW, and so do we.
+    learn at one pace. Its authors leave embedding and head to AdamW, and so do we. What the blocks write into
+    the stream adds up over the depth, so those matrices go slower in a deeper model than nano.
     """
-    parameters = dict(model.named_parameters())  # a tied head comes once
-    matrices = [p for name, p in parameters.items() if p.ndim == 2 and ".layers." in name]
-    tables = [p for name, p in parameters.items() if p.ndim == 2 and ".layers." not in name]
-    vectors = [p for p in parameters.values() if p.ndim < 2]
-    groups = [{"params": tables}, {"params": vectors, "weight_decay": 0.0}]
+    readers, writers, tables, vectors = [], [], [], []
+    for name, p in model.named_parameters():
+        if p.ndim < 2:
+            vectors.append(p)
+        elif ".layers." not in name:
+            tables.append(p)
+        elif "o_proj" in name or "down_proj" in name:
+            writers.append(p)
+        else:
+            readers.append(p)
+    slower = lr * PRESETS["nano"]["n_layer"] / model.config.n_layer
+    matrices = [{"params": readers}, {"params": writers, "lr": slower}]
+    others = [{"params": tables}, {"params": vectors, "weight_decay": 0.0}]
     optimizers = [
         torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay),
-        torch.optim.AdamW(groups, lr=lr / 10, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True),
+        torch.optim.AdamW(others, lr=lr / 10, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True),
     ]
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["initial_lr"] = group["lr"]  # which the schedule multiplies
     return optimizers
 
 
+def training_memory(shape, run):
+    """{what: bytes} that training takes, estimated: weights, gradients, optimizers' moments, activations.
+
+    Activations are what the backward pass of a block wants to see again: in float32 the stream before and
+    behind each norm, q, k, v and the result of attention; then the inputs of all matrices.
+    """
+    C, Q, KV = shape.n_embd, shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim
+    size = 2 if run.dtype == "bfloat16" else 4
+    block = 16 * C + 8 * (Q + KV) + size * (2 * C + Q + 4 * shape.n_hidden)
+    n, matrices = shape.num_params(), shape.n_layer * (2 * C * (Q + KV) + 3 * C * shape.n_hidden)
+    tokens = run.batch_size * run.block_size
+    moments = 8 * n - 4 * matrices  # Muon keeps one, AdamW two
+    return dict(weights=4 * n, gradients=4 * n, moments=moments, activations=shape.n_layer * tokens * block)
+
+
 @torch.no_grad()
 def bits_per_byte(model, tokens, bytes_per_token, n_blocks=None, batch_size=32):
     """Nats of predicted tokens / ln 2 / their bytes, over n_blocks evenly spaced blocks (None: all)."""
-    T, device = model.config.block_size, model.lm_head.weight.device
+    T, device = model.config.block_size, model.model.norm.weight.device
     total = (len(tokens) - 2) // T + 1  # the last one may be short
     chosen = np.unique(np.linspace(0, total - 1, min(n_blocks or total, total)).astype(int))
     nats = n_bytes = 0
@@ -242,7 +266,7 @@ def build(run, vocab_size, device):
 
 def training_step(model, optimizers, ids, targets, share, run):
     """One update with `share` of the learning rates. Returns loss and gradient norm, on the device."""
-    device = model.lm_head.weight.device
+    device = model.model.norm.weight.device
     with precision(run, device.type):
         loss = model.loss(ids.to(device), targets.to(device))
     loss.backward()
@@ -372,7 +396,12 @@ def plan(args, tokenizer, train_tokens, n_val, device):
     shape = Config(tokenizer.vocab_size, run.block_size, **PRESETS[run.preset])
     say("model", f"{run.preset}: {shape.num_params():,} parameters, {shape.n_layer} layers of {shape.n_embd}")
     say("device", f"{device}, {torch.get_num_threads()} threads; matrix products in {dtype}: {why}")
+    parts = training_memory(shape, run)
+    listed = ", ".join(f"{name} {size / 1e6:.0f}" for name, size in parts.items())
+    say("memory", f"about {sum(parts.values()) / 1e6:.0f} MB: {listed}")
     per_step = run.batch_size * run.block_size
+    flops = 3 * per_step * shape.flops_per_token(run.block_size)
+    say("compute", f"{flops / 1e9:.1f} GFLOPs a step, forward and backward")
     if run.steps is None:
         seconds = 60 * args.minutes
         step = measure_speed(run, tokenizer.vocab_size, blocks, device, limit=0.03 * seconds)
@@ -380,7 +409,8 @@ def plan(args, tokenizer, train_tokens, n_val, device):
         n_evals = N_EVALS if run.eval_every is None else seconds / step / run.eval_every
         evaluations = forward * (n_evals * EVAL_TOKENS + n_val)
         run.steps = max(1, int((seconds - min(evaluations, seconds / 2)) / step))
-        say("steps", f"{run.steps:,}: one takes {1000 * step:.0f} ms, there are {args.minutes:g} minutes")
+        speed = f"one takes {1000 * step:.0f} ms ({flops / step / 1e9:.0f} GFLOP/s)"
+        say("steps", f"{run.steps:,}: {speed}, there are {args.minutes:g} minutes")
     epochs = run.steps * per_step / len(train_tokens)
     say("batch", f"{run.batch_size} blocks of {run.block_size} tokens, {epochs:.1f} epochs over the text")
     if args.dropout is None and epochs > 10:

@@ -3,6 +3,7 @@
 python tests/bench.py lzma --data pystdlib      what a general compressor makes of the same validation text
 python tests/bench.py prepare                   peak memory of data/prepare.py on 50 MB and on 500 MB
 python tests/bench.py tokenizer                 learning and applying a vocabulary, against other libraries
+python tests/bench.py model                     time and memory of the loss, of recomputing, of opening a file
 """
 
 import argparse
@@ -25,11 +26,14 @@ from pathlib import Path
 import numpy as np
 import regex
 import tiktoken
+import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data.prepare import DATA  # noqa: E402
+from model import PRESETS, Config, Transformer  # noqa: E402
 from tokenizer import GPT4_PATTERN, SPECIAL_TOKENS, Tokenizer  # noqa: E402
 
 
@@ -278,6 +282,78 @@ def bench_tokenizer(args):
     compare_encoders("stdlib", 32768)
 
 
+def loss_of(kind):
+    """A function that computes and differentiates the loss of 4,096 tokens over a vocabulary of 50,000."""
+    model = Transformer(Config(50000, 1024, n_layer=1, n_head=12, n_kv_head=12, n_embd=768, n_hidden=64))
+    ids, targets = torch.randint(50000, (2, 4, 1024))
+    weight = model.model.embed_tokens.weight
+    compute = {
+        "ours": lambda: model.loss(ids, targets),
+        "plain": lambda: F.cross_entropy(model(ids).flatten(0, 1), targets.flatten()),
+        "linear_cross_entropy": lambda: F.linear_cross_entropy(
+            model.hidden(ids).flatten(0, 1), weight, targets.flatten()
+        ),
+    }[kind]
+    return lambda: compute().backward()
+
+
+def step_of(recompute):
+    """A function that runs micro forward and backward over 8 blocks of 512 tokens."""
+    model = Transformer(Config(4096, 512, recompute=recompute, **PRESETS["micro"]))
+    ids, targets = torch.randint(4096, (2, 8, 512))
+    return lambda: model.loss(ids, targets).backward()
+
+
+def opening(dtype):
+    """A function that opens 1 GB of bfloat16 weights and reads them all; the folder is made on first use."""
+    folder = Path(tempfile.gettempdir()) / "bench-model-of-1-GB"
+    if not folder.exists():
+        shape = dict(n_layer=30, n_head=16, n_kv_head=8, n_embd=1024, n_hidden=4096)
+        Transformer(Config(32768, 1024, **shape)).to(torch.bfloat16).save(folder)
+
+    def run():
+        for p in Transformer.load(folder, dtype=dtype).parameters():
+            p.sum()
+
+    return run
+
+
+MODEL_JOBS = {
+    "loss, plain": lambda: loss_of("plain"),
+    "loss, linear_cross_entropy": lambda: loss_of("linear_cross_entropy"),
+    "loss, ours": lambda: loss_of("ours"),
+    "micro": lambda: step_of(False),
+    "micro, recompute": lambda: step_of(True),
+    "open 1 GB": lambda: opening(None),
+    "open 1 GB as float32": lambda: opening(torch.float32),
+}
+
+
+def bench_model(args):
+    """Seconds, and megabytes above those of the model itself, of each job in a process of its own."""
+    if args.job:
+        run = MODEL_JOBS[args.job]()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        seconds = []
+        for _ in range(1 if args.job.startswith("open") else 4):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6
+        print(json.dumps({"seconds": statistics.median(seconds), "MB": peak}))
+        return
+    opening(None)
+    print(f"{'':28}{'seconds':>9}{'peak MB':>9}  median of {args.runs}")
+    for job in MODEL_JOBS:
+        if "linear_cross_entropy" in job and not hasattr(F, "linear_cross_entropy"):
+            continue
+        program = [sys.executable, __file__, "model", "--job", job]
+        outputs = [subprocess.run(program, check=True, capture_output=True).stdout for _ in range(args.runs)]
+        rows = [json.loads(output.splitlines()[-1]) for output in outputs]
+        seconds, peak = (statistics.median(row[key] for row in rows) for key in ("seconds", "MB"))
+        print(f"{job:28}{seconds:9.2f}{peak:9.0f}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Measure.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -299,6 +375,10 @@ def main():
     command.add_argument("learner", choices=LEARNERS)
     command.add_argument("--characters", type=int, default=0, help="only so many of the first document")
     command.set_defaults(bench=bench_learn)
+    command = commands.add_parser("model", help="time and memory of the loss, of recomputing, of opening")
+    command.add_argument("--runs", type=int, default=3, help="runs of each (3)")
+    command.add_argument("--job", choices=MODEL_JOBS, help="one run of this one only, as JSON")
+    command.set_defaults(bench=bench_model)
     args = parser.parse_args()
     args.bench(args)
 

@@ -17,7 +17,7 @@ from conftest import ROOT, WORDS
 
 import train as stage
 from data import prepare
-from model import Transformer
+from model import Config, Transformer
 from tokenizer import Tokenizer
 
 
@@ -264,3 +264,29 @@ def test_damaged_data_is_named(prepared, tmp_path):
     (folder / "meta.json").write_text(json.dumps(meta | {"tokenizer": "another"}))
     with pytest.raises(ValueError, match="is not the tokenizer that made the data"):
         stage.load_data(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_estimate_of_memory_is_near_what_the_backward_pass_keeps(dtype):
+    config = Config(1024, 128, n_layer=4, n_head=4, n_kv_head=2, n_embd=256, n_hidden=704)
+    model, run = Transformer(config), stage.Run("", 0, 1, 128, 8, 0.03, 0.1, 1, 0.0, dtype, 1, 1)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.randint(1024, (8, 128))
+    with stage.precision(run, "cpu"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.loss(ids, ids)
+    measured = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
+    estimate = stage.training_memory(config, run)
+    assert estimate["activations"] == pytest.approx(measured, rel=0.25)
+    assert estimate["weights"] == estimate["gradients"] == sum(p.nbytes for p in model.parameters())
+    optimizers = stage.make_optimizers(model, 0.01, 0.1)
+    model.loss(ids, ids).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    moments = [t for o in optimizers for state in o.state.values() for t in state.values() if t.ndim]
+    assert estimate["moments"] == sum(t.nbytes for t in moments)
