@@ -301,8 +301,8 @@ class Transformer(nn.Module):
                     dx.append(slope.to(x.dtype) @ weight)
                     dweight += slope.to(x.dtype).T @ piece
         if dx:
-            zero = ((x - x.detach()) * torch.cat(dx)).sum() + ((weight - weight.detach()) * dweight).sum()
-            total = total + zero  # for the sake of its gradients, dx and dweight
+            carrier = (x * torch.cat(dx)).sum() + (weight * dweight).sum()  # its gradients are dx and dweight
+            total = total + (carrier - carrier.detach())
         return total / (targets != -100).sum().clamp(min=1) if reduction == "mean" else total
 
     def save(self, folder, tokenizer=None):
