@@ -433,7 +433,7 @@ def main():
     model = Transformer.load(parser.parse_args().folder)
     c, dtype = model.config, model.model.embed_tokens.weight.dtype
     print(model)
-    for part in ("embed_tokens", "self_attn", "mlp", "norm", "lm_head"):
+    for part in ("embed_tokens", "self_attn", "mlp", "layernorm", "model.norm", "lm_head"):
         print(f"{part:14}{sum(p.numel() for name, p in model.named_parameters() if part in name):,}")
     print(f"{'parameters':14}{c.num_params():,}, {dtype.itemsize * c.num_params():,} bytes as {dtype}")
     print(f"{'FLOPs':14}{c.flops_per_token(c.block_size):,} per token of {c.block_size:,}")
