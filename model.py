@@ -2,9 +2,8 @@
 
     ids -> embed_tokens -> n_layer x [x += attention(norm(x)); x += mlp(norm(x))] -> norm -> lm_head -> logits
 
-This is the Llama architecture (Touvron et al., 2023), and its parameters have the names that Hugging Face's
-LlamaForCausalLM gives them: a saved folder opens in transformers and vLLM as it is, and their Llama, Mistral,
-SmolLM, Qwen2 and Qwen3 folders open here.
+This is the Llama architecture (Touvron et al., 2023), named as in Hugging Face's LlamaForCausalLM. transformers
+and vLLM open its folders, and it opens those of Llama, Mistral, SmolLM, Yi, Qwen2 and Qwen3.
 
     python model.py DIR        say what a folder holds
 """
@@ -47,7 +46,7 @@ class Config:
     qk_norm: bool = False  # Qwen3
     rope_scaling: dict | None = None  # Llama 3.1
     dropout: float = 0.0  # in training, on the two branches of a block: for data that is seen many times
-    recompute: bool = False  # in training, keep only the inputs of blocks for backward (Chen et al., 2016)
+    recompute: bool = False  # keep of each block only its input for the backward pass (Chen et al., 2016)
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"):
@@ -60,12 +59,16 @@ class Config:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
+        if self.qkv_bias and self.qk_norm:
+            raise ValueError("qkv_bias (Qwen2) and qk_norm (Qwen3) go into no folder together")
+        if self.rope_scaling and set(self.rope_scaling) != {"rope_type", *LLAMA3_SCALING}:
+            raise ValueError(f"rope_scaling {self.rope_scaling} needs rope_type, {', '.join(LLAMA3_SCALING)}")
 
     def num_params(self):
         """Number of trainable parameters, in closed form; a tied matrix counts once."""
         C, Q, KV = self.n_embd, self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        vectors = 2 * C + self.qkv_bias * (Q + 2 * KV) + self.qk_norm * 2 * self.head_dim
-        block = 2 * C * (Q + KV) + 3 * C * self.n_hidden + vectors
+        block = 2 * C * (Q + KV) + 3 * C * self.n_hidden + 2 * C
+        block += self.qkv_bias * (Q + 2 * KV) + self.qk_norm * 2 * self.head_dim
         return self.n_layer * block + C + self.vocab_size * C * (1 if self.tie_embeddings else 2)
 
     def flops_per_token(self, length):
@@ -75,8 +78,8 @@ class Config:
 
 
 # Shapes without a vocabulary. Heads of 64 channels suit attention kernels. An MLP 8/3 as wide as the stream
-# weighs in three matrices what 4 times weigh in two (Shazeer, 2020); it is wider where shared key/value heads
-# save. nano is for 3 minutes of 2 CPU cores, micro for an hour; the others are shaped like GPT-2's models.
+# weighs in three matrices what 4 times weigh in two (Shazeer, 2020); medium and large, where shared key/value
+# heads save, have more. nano is for 3 minutes of 2 CPU cores, micro for an hour; the rest are GPT-2's shapes.
 PRESETS = {
     "nano": dict(n_layer=4, n_head=3, n_kv_head=3, n_embd=192, n_hidden=512),
     "micro": dict(n_layer=8, n_head=6, n_kv_head=3, n_embd=384, n_hidden=1024),
@@ -191,7 +194,7 @@ class KVCache:
         self.max_len = max_len
 
     def reserve(self, T):
-        """Count T more tokens in `span`. ValueError: no room. Compiled code leaves this to its caller."""
+        """Count T more tokens in `span`. ValueError: no room. To be called before each compiled step."""
         if self.span + T > self.max_len:
             raise ValueError(f"the cache has room for {self.max_len} tokens, not for {self.span} + {T}")
         self.span += T
@@ -208,7 +211,7 @@ class KVCache:
         return positions, torch.arange(S, device=positions.device) <= positions[..., None]  # (B, 1, T, S)
 
     def append(self, layer, positions, mask, k, v):
-        """Write a layer's new k, v (B, K, T, D) to their positions; returns its first S, (B, K, S, D)."""
+        """Write a layer's new k, v (B, K, T, D) to their positions; returns all S, (B, K, S, D)."""
         rows = torch.arange(len(k), device=k.device)[:, None]
         self.k[layer][rows, :, positions[:, 0]] = k.transpose(1, 2)
         self.v[layer][rows, :, positions[:, 0]] = v.transpose(1, 2)
@@ -247,9 +250,8 @@ class Transformer(nn.Module):
 
     def init_weights(self):
         """Draw fresh weights that start as an even guess over the vocabulary, a loss of ln V."""
-        # What writes into the stream (o_proj, down_proj) starts at zero: a block is the identity at first.
-        # The stream is then the bare embedding, brought to length sqrt(C) by the norm, and with a tied head a
-        # token scores *itself* C * std: a std of 1/C keeps that at 1.
+        # What writes into the stream (o_proj, down_proj) starts at zero: a block is the identity at first. A
+        # tied head then scores a token *itself*, behind the norm, with C * std: 1/C keeps that at 1 or below.
         C = self.config.n_embd
         for name, p in self.named_parameters():
             if "norm" in name:
@@ -290,20 +292,20 @@ class Transformer(nn.Module):
         x, targets = self.hidden(ids).flatten(0, 1), targets.flatten()
         weight = (self.lm_head or self.model.embed_tokens).weight
         total, dx, dweight = 0, [], torch.zeros_like(weight, dtype=torch.float32)
-        rows = 512 if x.device.type == "cpu" else 4096
+        rows, learning = 512 if x.device.type == "cpu" else 4096, torch.is_grad_enabled()
         with torch.no_grad():
-            for piece, target in zip(x.split(rows), targets.split(rows)):
+            for piece, target in zip(x.split(rows), targets.split(rows), strict=True):
                 log_p = F.linear(piece, weight).float().log_softmax(dim=-1)  # (rows, V)
                 total = total + F.nll_loss(log_p, target, reduction="sum")
-                if x.requires_grad:
+                if learning:
                     kept = (target != -100)[:, None].float()
                     slope = log_p.exp_().mul_(kept).scatter_add_(1, target[:, None].clamp(min=0), -kept)
                     dx.append(slope.to(x.dtype) @ weight)
                     dweight += slope.to(x.dtype).T @ piece
-        if dx:
-            carrier = (x * torch.cat(dx)).sum() + (weight * dweight).sum()  # its gradients are dx and dweight
+        if learning:  # add nothing but the gradients dx and dweight
+            carrier = (x * torch.cat(dx)).sum(dtype=torch.float32) + (weight * dweight).sum()
             total = total + (carrier - carrier.detach())
-        return total / (targets != -100).sum().clamp(min=1) if reduction == "mean" else total
+        return total / {"mean": (targets != -100).sum().clamp(min=1), "sum": 1}[reduction]
 
     def save(self, folder, tokenizer=None):
         """Write config.json, generation_config.json, model.safetensors and, with a tokenizer, its files."""
@@ -345,8 +347,7 @@ class Transformer(nn.Module):
 
 
 # --- files: config.json in Hugging Face's words; safetensors: 8 bytes of header length, JSON, raw bytes ---
-
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # our fields and theirs, spelled as transformers 4 and 5 both read them
 JSON_NAMES = dict(
     vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
@@ -365,13 +366,12 @@ LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max
 
 def config_from_json(settings):
     """The Config of a config.json. ValueError: it lacks a field or asks for arithmetic that is not here."""
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    rope = (settings.get("rope_parameters") or {}) | (settings.get("rope_scaling") or {})
     found = {"rope_type": rope.get("type", "default"), "rope_theta": 10000.0, "rope_scaling": None}
-    found |= {"head_dim": 0, "num_key_value_heads": settings.get("num_attention_heads")}
+    found |= {"model_type": None, "head_dim": 0, "num_key_value_heads": settings.get("num_attention_heads")}
     found |= {"tie_word_embeddings": False, "use_sliding_window": settings.get("model_type") == "mistral"}
     found |= {name: value for name, value in (settings | rope).items() if value is not None}
-    if not found["use_sliding_window"]:
-        found["sliding_window"] = None
+    found["sliding_window"] = found.get("sliding_window") if found["use_sliding_window"] else None
     for field, supported in SUPPORTED.items():
         if found.get(field, supported[0]) not in supported:
             raise ValueError(f"{field} {found[field]!r} is not supported, only {supported}")
@@ -386,6 +386,7 @@ def config_from_json(settings):
 def save_safetensors(path, tensors):
     """Write {name: tensor}, down to the disk. Equal tensors make equal files."""
     names = {dtype: name for name, dtype in DTYPES.items()}
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # so that all are aligned
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         span = [end, end + tensor.nbytes]
@@ -418,11 +419,10 @@ def load_safetensors(path, device="cpu", dtype=None):
             if name == "__metadata__" or name.endswith("rotary_emb.inv_freq"):
                 continue
             kind, shape, (begin, end) = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
-            inside = kind and 0 <= begin <= end <= len(content)
-            if not inside or math.prod(shape) * kind.itemsize != end - begin:
+            if not kind or begin < 0 or math.prod(shape) * kind.itemsize != end - begin:
                 raise ValueError(f"{name}: {entry} does not fit the file, or is of a type unknown here")
             tensors[name] = content[begin:end].view(kind).view(shape).to(device, dtype)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no intact safetensors file: {error!s:.200}") from None
     return tensors
 

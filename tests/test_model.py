@@ -128,7 +128,8 @@ def test_sharded_files_of_half_precision_are_opened(tmp_path, dtype):
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("model_type", "mixtral"), ("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True),
+        ("model_type", "mixtral"), ("model_type", None),
+        ("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True),
         ("num_local_experts", 8), ("sliding_window", 4096), ("attention_multiplier", 0.5),
         ("quantization_config", {"bits": 4}), ("rope_type", "yarn"), ("partial_rotary_factor", 0.5),
         ("hidden_size", None), ("num_hidden_layers", "two"), ("num_key_value_heads", 3), ("factor", None),
@@ -238,6 +239,50 @@ def test_loss_and_gradients_equal_plain_cross_entropy(model, tied, recompute):
     assert total.item() == pytest.approx(plain.item() * (targets != -100).sum().item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("learns", ["lm_head", "layers"])
+def test_a_part_of_the_model_can_learn_alone(model, learns):
+    model.lm_head = torch.nn.Linear(32, 320, bias=False)
+    ids, targets = ids_of(model, 2, 9), ids_of(model, 2, 9, seed=1)
+    for name, p in model.named_parameters():
+        p.requires_grad_(learns in name)
+    model.loss(ids, targets).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    F.cross_entropy(model(ids).flatten(0, 1), targets.flatten()).backward()
+    for name, gradient in found.items():
+        same(gradient, model.get_parameter(name).grad, 1e-6)
+
+
+@torch.no_grad()
+def test_the_loss_of_a_model_in_bfloat16_is_summed_in_float32(model):
+    ids, targets = ids_of(model, 40, 20), ids_of(model, 40, 20, seed=1)
+    model.to(torch.bfloat16)
+    logits = model(ids).flatten(0, 1).float()
+    expected = F.cross_entropy(logits, targets.flatten()).item()
+    assert model.loss(ids, targets).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_targets_of_another_length_and_unknown_reductions_are_refused(model):
+    ids = ids_of(model, 8, 9)
+    with pytest.raises((ValueError, RuntimeError)):
+        model.loss(ids, ids_of(model, 90, 9))
+    with pytest.raises(KeyError):
+        model.loss(ids, ids, reduction="none")
+
+
+def test_recomputing_keeps_less(model):
+    kept = {}
+    ids = ids_of(model, 8, 32)
+    for recompute in (False, True):
+        model.config.recompute, sizes = recompute, []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, s=sizes: s.append(x.nbytes) or x, lambda x: x
+        ):
+            model.loss(ids, ids)
+        kept[recompute] = sum(sizes)
+    assert kept[True] < kept[False] / 2
+
+
 def test_targets_that_are_all_left_out_cost_nothing(model):
     model.loss(ids_of(model, 2, 9), torch.full((2, 9), -100)).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
@@ -333,7 +378,7 @@ def test_after_one_step_every_parameter_gets_a_gradient():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_number_of_parameters_is_the_closed_form(preset):
     with torch.device("meta"):
-        for variant in ({}, {"tie_embeddings": False, "qkv_bias": True, "qk_norm": True, "head_dim": 96}):
+        for variant in ({}, {"tie_embeddings": False, "qkv_bias": True}, {"qk_norm": True, "head_dim": 96}):
             model = Transformer(Config(vocab_size=4096, **PRESETS[preset], **variant))
             assert model.config.num_params() == sum(p.numel() for p in model.parameters())
 
@@ -472,8 +517,10 @@ def test_equal_weights_are_equal_files(tmp_path, model):
 def test_a_model_can_be_saved_over_the_file_that_it_reads(tmp_path, model):
     model.save(tmp_path)
     opened, ids = Transformer.load(tmp_path), ids_of(model, 1, 9)
+    before = (tmp_path / "model.safetensors").read_bytes()
     with torch.no_grad():
         opened.model.norm.weight *= 2
+    assert (tmp_path / "model.safetensors").read_bytes() == before  # it is read, never written to
     opened.save(tmp_path)
     assert torch.equal(opened(ids), Transformer.load(tmp_path)(ids))
     assert not torch.equal(opened(ids), model(ids))
@@ -500,6 +547,7 @@ def test_the_official_library_reads_what_we_write_and_the_reverse(tmp_path_facto
     tensors = {name: torch.randn(shape).to(dtype) for name, (dtype, shape) in shapes.items()}
     path = tmp_path_factory.mktemp("tensors") / "a.safetensors"
     for write, read in (
+        (save_safetensors, load_safetensors),
         (save_safetensors, lambda path: safetensors.torch.load_file(path)),
         (lambda path, tensors: safetensors.torch.save_file(tensors, path), load_safetensors),
     ):
@@ -598,6 +646,10 @@ def test_mistakes_are_named(tmp_path, model):
             Transformer.load(tmp_path)
     with pytest.raises(ValueError, match="n_head 4 is not divisible by n_kv_head 3"):
         Config(vocab_size=10, n_head=4, n_kv_head=3)
+    with pytest.raises(ValueError, match="qkv_bias .Qwen2. and qk_norm .Qwen3."):
+        Config(vocab_size=10, qkv_bias=True, qk_norm=True)
+    with pytest.raises(ValueError, match="rope_scaling {'factor': 8} needs rope_type, factor, low_freq"):
+        Config(vocab_size=10, rope_scaling={"factor": 8})
     with pytest.raises(ValueError, match="n_embd 30 is not divisible by n_head 4"):
         Config(vocab_size=10, n_embd=30)
     with pytest.raises(ValueError, match="ids are from 3 to 320, but the vocabulary has 320"):
