@@ -2,8 +2,8 @@
 
     ids -> embed_tokens -> n_layer x [x += attention(norm(x)); x += mlp(norm(x))] -> norm -> lm_head -> logits
 
-This is the Llama architecture (Touvron et al., 2023), named as Hugging Face's LlamaForCausalLM. transformers and
-vLLM open its folders, and it opens those of Llama, Mistral, SmolLM, Yi, Qwen2 and Qwen3.
+This is the Llama architecture (Touvron et al., 2023), with the names of Hugging Face's LlamaForCausalLM:
+transformers and vLLM open its folders, and it opens those of Llama, Mistral, SmolLM, Yi, Qwen2 and Qwen3.
 
     python model.py DIR        say what a folder holds
 """
