@@ -135,7 +135,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
-            k, v = cache(k, v)  # (B, K, S, D): with all that was there before
+            k, v = cache(k, v)  # this layer's KVCache.append: (B, K, S, D), with all that came before
         if mask is None:
             with torch.autocast("cpu", enabled=False):  # there, flash attention is far slower in bfloat16
                 y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), is_causal=True, enable_gqa=True)
