@@ -7,103 +7,61 @@ The loop is `train`; what it learns is measured in bits per byte of text that it
     python train.py                             prepare the default data if missing, train 3 minutes, sample
     python train.py --data NAME --preset small --minutes 30
     python train.py --steps 2000 --seed 1       a fixed number of steps: the same digits every time
+    python train.py --resume                    go on exactly where the newest run stopped
+    torchrun --nproc-per-node 8 train.py ...    the same on many GPUs
 """
 
 import argparse
-import csv
 import json
 import math
 import os
-import signal
 import statistics
 import sys
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
 
-from data.prepare import DATA, SOURCES, prepare
+import machine
+from checkpoint import Log, catch_signals, find_run, make_room, refuse_changes, restore, save_checkpoint
+from data.loader import IGNORED, Blocks, find_data, load_data, validation_batches
+from machine import over_processes, processes
 from model import PRESETS, Config, Transformer
-from sample import OUT, choose_device, stream
-from tokenizer import Tokenizer
+from sample import OUT, stream
 
 N_EVALS = 10  # in a run
 EVAL_TOKENS = 2**14  # in each but the last, which takes all that is held out
-
-
-# --- data ---
-
-
-class Tokens:
-    """The token ids of one split on disk, one file or several, read as one array."""
-
-    def __init__(self, folder, split, dtype):
-        single = Path(folder) / f"{split}.bin"
-        paths = [single] if single.exists() else sorted(Path(folder).glob(f"{split}_*.bin"))
-        sizes = [path.stat().st_size for path in paths]
-        if not paths or 0 in sizes or any(size % np.dtype(dtype).itemsize for size in sizes):
-            raise ValueError(f"{single} is missing or cut off: prepare the data again")
-        self.parts = [np.memmap(path, dtype=dtype, mode="r") for path in paths]
-        self.starts = np.cumsum([0] + [len(part) for part in self.parts])
-
-    def __len__(self):
-        return int(self.starts[-1])
-
-    def read(self, start, count):
-        """Ids start ... start + count, as an int64 array."""
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        pieces = []
-        for part, offset in zip(self.parts[first:], self.starts[first:]):
-            pieces.append(part[max(0, start - offset) : start + count - offset])
-            if start + count <= offset + len(part):
-                break
-        return np.concatenate(pieces).astype(np.int64)
-
-
-def permute(i, n, key):
-    """The i-th element of a pseudo-random permutation of range(n), computed, not stored.
-
-    A Feistel network maps numbers of 2b bits one to one, however it mixes; a result beyond n is mapped again.
-    """
-    b = max(1, ((n - 1).bit_length() + 1) // 2)
-    low = (1 << b) - 1
-    while True:
-        left, right = i >> b, i & low
-        for k in range(4):
-            mixed = (right + key + k) * 0x9E3779B97F4A7C15
-            mixed = ((mixed >> 29) ^ mixed) * 0xBF58476D1CE4E5B9
-            left, right = right, left ^ (mixed >> 32) & low
-        i = left << b | right
-        if i < n:
-            return i
-
-
-class Blocks:
-    """The order of training: each epoch all blocks of T + 1 tokens, shuffled anew, cut at another phase."""
-
-    def __init__(self, tokens, block_size, seed):
-        self.tokens, self.block_size, self.seed = tokens, block_size, seed
-        self.per_epoch = len(tokens) // block_size - 1
-        if self.per_epoch < 1:
-            few = f"{len(tokens):,} tokens for training are too few for blocks of {block_size}"
-            raise ValueError(f"{few}: take more text or a smaller --block-size")
-
-    def batch(self, position, count):
-        """`count` blocks after the first `position` ones of the run: ids and targets, each (count, T)."""
-        T, rows = self.block_size, []
-        for p in range(position, position + count):
-            epoch, i = divmod(p, self.per_epoch)
-            phase = permute(epoch % T, T, self.seed)
-            start = phase + T * permute(i, self.per_epoch, self.seed + 1000003 * epoch)
-            rows.append(self.tokens.read(start, T + 1))
-        both = torch.from_numpy(np.stack(rows))
-        return both[:, :-1], both[:, 1:]
+SAVE_SECONDS = 600  # between checkpoints at most
 
 
 # --- learning ---
+
+
+@dataclass
+class Run:
+    """All that decides the numbers of a run, besides data, hardware and versions. Kept in its checkpoints."""
+
+    preset: str
+    seed: int
+    steps: int
+    block_size: int
+    batch_size: int  # blocks per step, of all processes together
+    lr: float  # of Muon; AdamW takes a tenth
+    dropout: float
+    dtype: str
+    eval_every: int  # in steps, as save_every and log_every
+    save_every: int
+    threads: int
+    compile: bool
+    deterministic: bool
+    micro_batch: int = 1  # blocks that one process computes at a time
+    log_every: int = 1
+    warmup: int = 1
+    weight_decay: float = 0.1
 
 
 def learning_rate(step, run):
@@ -111,12 +69,63 @@ def learning_rate(step, run):
     return min(1, (step + 1) / run.warmup, (run.steps - step) / (0.6 * run.steps))
 
 
-def make_optimizers(model, lr, weight_decay):
-    """Muon for the matrices inside the blocks (Jordan et al., 2024), AdamW for the rest.
+def orthogonalize(X):
+    """The orthogonal matrices nearest to X (n, rows, columns), roughly: singular values from 0.7 to 1.2.
 
-    Muon takes a step along the orthogonal matrix that is nearest to the momentum: all directions of a matrix
-    learn at one pace. Its authors leave embedding and head to AdamW, and so do we. What the blocks write into
-    the stream adds up over the depth, so those matrices go slower in a deeper model than nano.
+    Five steps of a Newton-Schulz iteration, which needs nothing but matrix products and bears bfloat16. Its
+    polynomial rises steeply at zero (Jordan et al., 2024, "Muon").
+    """
+    tall = X.size(-2) > X.size(-1)
+    X = X.mT.bfloat16() if tall else X.bfloat16()
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315)
+        X = torch.baddbmm(X, B, X, beta=3.4445)
+    return X.mT if tall else X
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps along the orthogonal matrix nearest to the momentum: a matrix learns all directions at one pace.
+
+    The same numbers as torch.optim.Muon, which takes one matrix at a time; here those of one shape go
+    together. When many processes share the matrices by rows, each gets whole ones to orthogonalize.
+    """
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            alike = {}
+            for p in (p for p in group["params"] if p.grad is not None):
+                alike.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in alike.items():
+                update = torch.stack([self.momentum(p, group["momentum"]) for p in params])
+                if isinstance(update, DTensor):
+                    update = orthogonalize(update.redistribute(placements=[Shard(0)]))
+                    update = update.redistribute(placements=[Shard(1)])
+                else:
+                    update = orthogonalize(update)
+                rate = group["lr"] * math.sqrt(max(1, rows / columns))  # equal steps whatever the shape
+                for p, u in zip(params, update.unbind()):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(u, alpha=-rate)
+
+    def momentum(self, p, share):
+        """Nesterov's: the running mean of the gradients, looking one step ahead."""
+        if not self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        mean = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - share)
+        return p.grad.lerp(mean, share)
+
+
+def make_optimizers(model, lr, weight_decay):
+    """Muon for the matrices inside the blocks, AdamW for the rest.
+
+    Muon's authors leave embedding and head to AdamW, and so do we. What the blocks write into the stream adds
+    up over the depth, so those matrices go slower in a deeper model than nano.
     """
     readers, writers, tables, vectors = [], [], [], []
     for name, p in model.named_parameters():
@@ -132,7 +141,7 @@ def make_optimizers(model, lr, weight_decay):
     matrices = [{"params": readers}, {"params": writers, "lr": slower}]
     others = [{"params": tables}, {"params": vectors, "weight_decay": 0.0}]
     optimizers = [
-        torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay),
+        Muon(matrices, lr=lr, weight_decay=weight_decay),
         torch.optim.AdamW(others, lr=lr / 10, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True),
     ]
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -140,120 +149,53 @@ def make_optimizers(model, lr, weight_decay):
     return optimizers
 
 
-def training_memory(shape, run):
-    """{what: bytes} that training takes, estimated: weights, gradients, optimizers' moments, activations.
+def training_step(model, optimizers, ids, targets, share, run):
+    """One update with `share` of the learning rates, from this process's part of a batch, ids (n, T).
 
-    Activations are what the backward pass of a block wants to see again: in float32 the stream before and
-    behind each norm, q, k, v and the result of attention; then the inputs of all matrices.
+    The loss is the mean over the tokens of all micro-batches of all processes. Returns this process's part of
+    it, times their number, and the norm of the gradient; both on the device, which works on meanwhile.
     """
-    C, Q, KV = shape.n_embd, shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim
-    size = 2 if run.dtype == "bfloat16" else 4
-    block = 16 * C + 8 * (Q + KV) + size * (2 * C + Q + 4 * shape.n_hidden)
-    n, matrices = shape.num_params(), shape.n_layer * (2 * C * (Q + KV) + 3 * C * shape.n_hidden)
-    tokens = run.batch_size * run.block_size
-    moments = 8 * n - 4 * matrices  # Muon keeps one, AdamW two
-    return dict(weights=4 * n, gradients=4 * n, moments=moments, activations=shape.n_layer * tokens * block)
+    device, world, loss_sum = model.model.norm.weight.device, processes()[1], 0.0
+    n_tokens = over_processes(int((targets != IGNORED).sum()))
+    pieces = list(zip(ids.split(run.micro_batch), targets.split(run.micro_batch)))
+    try:
+        for i, (x, y) in enumerate(pieces, 1):
+            if world > 1:
+                model.set_requires_gradient_sync(i == len(pieces))
+            with machine.precision(device.type, run.dtype):
+                x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+                loss = model.loss(x, y, reduction="sum") * (
+                    world / n_tokens
+                )  # FSDP takes the mean of processes
+            loss.backward()
+            loss_sum += loss.detach()
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        raise ValueError(machine.memory_advice(model.config, run)) from None
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["initial_lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss_sum, norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 @torch.no_grad()
-def bits_per_byte(model, tokens, bytes_per_token, n_blocks=None, batch_size=32):
+def bits_per_byte(model, tokens, bytes_per_token, n_blocks=None):
     """Nats of predicted tokens / ln 2 / their bytes, over n_blocks evenly spaced blocks (None: all)."""
-    T, device = model.config.block_size, model.model.norm.weight.device
-    total = (len(tokens) - 2) // T + 1  # the last one may be short
-    chosen = np.unique(np.linspace(0, total - 1, min(n_blocks or total, total)).astype(int))
-    nats = n_bytes = 0
-    was_training = model.training
+    device, (rank, world) = model.model.norm.weight.device, processes()
+    nats, n_bytes, was_training = 0.0, 0, model.training
     model.eval()
-    for i in range(0, len(chosen), batch_size):
-        ids = np.full((len(chosen[i : i + batch_size]), T + 1), -100)
-        for row, block in zip(ids, chosen[i : i + batch_size]):
-            block = tokens.read(block * T, T + 1)
-            row[: len(block)] = block
-        targets = ids[:, 1:]
-        n_bytes += bytes_per_token[targets[targets >= 0]].sum()
-        x, y = torch.from_numpy(ids[:, :-1].clip(0)).to(device), torch.from_numpy(targets).to(device)
-        nats += model.loss(x, y, reduction="sum").item()
+    for ids, targets in validation_batches(tokens, model.config.block_size, n_blocks, rank=rank, world=world):
+        nats += model.loss(ids.to(device), targets.to(device), reduction="sum").double()
+        n_bytes += bytes_per_token[targets[targets != IGNORED].numpy()].sum()
     model.train(was_training)
-    return nats / math.log(2) / n_bytes
-
-
-# --- what is not given is derived, and printed with its reason ---
-
-
-@dataclass
-class Run:
-    """All that decides the numbers of a run, besides data, hardware and versions."""
-
-    preset: str
-    seed: int
-    steps: int
-    block_size: int
-    batch_size: int  # blocks per step
-    lr: float  # of Muon; AdamW takes a tenth
-    weight_decay: float
-    warmup: int
-    dropout: float
-    dtype: str
-    eval_every: int  # in steps
-    log_every: int
-
-
-def default_dtype(device):
-    """In which dtype matrices are multiplied fastest, and the reason. Weights and sums stay in float32."""
-    native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if device == "cpu" and (info := Path("/proc/cpuinfo")).exists():
-        native = any(unit in info.read_text() for unit in ("avx512_bf16", "amx_bf16"))
-    return ("bfloat16", "it has units for that") if native else ("float32", "it has no units for less")
-
-
-def find_data(name):
-    """The folder of prepared data; a known corpus is prepared now if it is missing."""
-    folder = DATA / name
-    if Path(name).name != name or not (folder / "meta.json").exists():
-        if name not in SOURCES:
-            ready = ", ".join(sorted(path.parent.name for path in DATA.glob("*/meta.json"))) or "none"
-            known = f"prepared are {ready}, known are {', '.join(SOURCES)}"
-            raise ValueError(f"no data named {name!r}: {known}; your own: `python data/prepare.py PATH`")
-        prepare([name])
-    return folder
-
-
-def load_data(folder):
-    """Open prepared data: (tokenizer, training tokens, validation tokens). Damaged data: ValueError."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        fingerprint, dtype, n_tokens = meta["tokenizer"], meta["dtype"], meta["tokens"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{folder}/meta.json is damaged: prepare the data again") from None
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    if tokenizer.fingerprint != fingerprint:
-        raise ValueError(f"{folder}/tokenizer.json is not the tokenizer that made the data: prepare it again")
-    splits = [Tokens(folder, split, dtype) for split in ("train", "val")]
-    for (split, n), tokens in zip(n_tokens.items(), splits):
-        if len(tokens) != n:
-            raise ValueError(f"{folder}/{split}.bin has {len(tokens):,} tokens, not {n:,}: prepare it again")
-    return tokenizer, *splits
-
-
-def make_room(folder):
-    """Make an empty folder; a model that is there is renamed to the first free NAME.1, NAME.2 ..., aloud."""
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / "config.json").exists():
-            raise ValueError(f"{folder} exists and holds no model: choose another --out")
-        k = 1
-        while (aside := folder.with_name(f"{folder.name}.{k}")).exists():
-            k += 1
-        folder.rename(aside)
-        print(f"{os.path.relpath(folder)} existed and is now {os.path.relpath(aside)}")
-    folder.mkdir(parents=True, exist_ok=True)
+    return over_processes(nats.item()) / math.log(2) / over_processes(n_bytes)
 
 
 # --- the run ---
-
-
-def precision(run, device):
-    """The context in which the model computes: matrix products in run.dtype."""
-    return torch.autocast(device, torch.bfloat16, enabled=run.dtype == "bfloat16")
 
 
 def build(run, vocab_size, device):
@@ -261,217 +203,277 @@ def build(run, vocab_size, device):
     torch.manual_seed(run.seed)
     config = Config(vocab_size, run.block_size, dropout=run.dropout, **PRESETS[run.preset])
     model = Transformer(config).to(device)
+    if processes()[1] > 1:  # each process keeps a share of every weight and sees whole ones a block at a time
+        for block in model.model.layers:
+            if run.compile:
+                block.compile()
+            fully_shard(block)
+        fully_shard(model)
+        for name in ("loss", "hidden", "head"):
+            register_fsdp_forward_method(model, name)
+    elif run.compile:
+        model.loss = torch.compile(model.loss, dynamic=False)
     return model, make_optimizers(model, run.lr, run.weight_decay)
 
 
-def training_step(model, optimizers, ids, targets, share, run):
-    """One update with `share` of the learning rates. Returns loss and gradient norm, on the device."""
-    device = model.model.norm.weight.device
-    with precision(run, device.type):
-        loss = model.loss(ids.to(device), targets.to(device))
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = share * group["initial_lr"]
-        optimizer.step()
-        optimizer.zero_grad()
-    return loss.detach(), norm
-
-
-def measure_speed(run, vocab_size, blocks, device, limit):
+def measure_step(run, vocab_size, blocks, device, limit=0):
     """Seconds that a step takes: the median of throwaway steps, for `limit` seconds, on a throwaway model."""
     model, optimizers = build(run, vocab_size, device)
-    seconds = []
-    while len(seconds) < 8 or sum(seconds) < limit:
+    seconds, (rank, world) = [], processes()
+    while len(seconds) < 4 or sum(seconds[3:]) < limit:
         start = time.perf_counter()
-        batch = blocks.batch(len(seconds) * run.batch_size, run.batch_size)
+        batch = blocks.batch(len(seconds) * run.batch_size, run.batch_size, rank, world)
         loss, _ = training_step(model, optimizers, *batch, 0.1, run)
         loss.item()  # waits for the device
-        seconds.append(time.perf_counter() - start)
+        seconds.append(over_processes(time.perf_counter() - start) / world)
     return statistics.median(seconds[3:])
 
 
-@contextmanager
-def catch_signals():
-    """Inside, SIGINT and SIGTERM ask for a stop, a second one stops at once. Yields a function: asked?"""
-    asked = []
-
-    def note(number, frame):
-        asked.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def identity(run, data):
+    """What a run must find unchanged when it goes on."""
+    shape = asdict(Config(data.tokenizer.vocab_size, run.block_size, **PRESETS[run.preset]))
+    return {"text": data.fingerprint, "tokenizer": data.tokenizer.fingerprint, "shape": shape}
 
 
-class Log:
-    """The lines of a run: all of them in log.csv, those with an evaluation on the screen too."""
+def train(run, data, out, device, state, stop_asked=lambda: False):
+    """The training loop. state: of a run's begin or, read from a checkpoint, of the place to go on from.
 
-    COLUMNS = ("step", "tokens", "seconds", "train_loss", "val_bpb", "lr", "grad_norm", "tokens_per_second")
-
-    def __init__(self, path, steps):
-        self.steps = steps
-        self.file = open(path, "w", newline="", encoding="utf-8")
-        self.rows = csv.writer(self.file)
-        self.rows.writerow(self.COLUMNS)
-        print(f"\n{'step':>8} {'loss':>8} {'val bpb':>8} {'lr':>8} {'tokens/s':>9} {'left':>6}", flush=True)
-
-    def write(self, step, tokens, seconds, loss, bpb, lr, norm):
-        """Add a line; bpb may be None. seconds: since the start."""
-        speed, left = tokens / seconds, round(seconds / step * (self.steps - step))
-        bpb = "" if bpb is None else f"{bpb:.4f}"
-        row = [f"{seconds:.2f}", f"{loss:.4f}", bpb, f"{lr:.6f}", f"{norm:.4f}", f"{speed:.0f}"]
-        self.rows.writerow([step, tokens, *row])
-        self.file.flush()
-        line = f"{step:8,} {loss:8.4f} {bpb:>8} {lr:8.5f} {speed:9,.0f} {left // 60:3}:{left % 60:02}"
-        terminal = sys.stdout.isatty()
-        if bpb or terminal:  # on a terminal, a line without bpb is overwritten by the next
-            print("\r" * terminal + line, end="\n" if bpb else "", flush=True)
-
-
-def train(run, tokenizer, train_tokens, val_tokens, out, device, stop_asked=lambda: False):
-    """The training loop. Leaves the model and log.csv in `out`; returns (model, bits per byte, last step)."""
+    Leaves in `out` what checkpoint.py says. Returns (last step, bits per byte), (step, None) after a stop.
+    """
+    tokenizer, (rank, world) = data.tokenizer, processes()
     model, optimizers = build(run, tokenizer.vocab_size, device)
-    blocks = Blocks(train_tokens, run.block_size, run.seed)
-    bytes_per_token = tokenizer.bytes_per_token
-    model.save(out, tokenizer)
-    log = Log(out / "log.csv", run.steps)
-    loss_sum, logged, start = 0.0, 0, time.perf_counter()
-    for step in range(1, run.steps + 1):
-        ids, targets = blocks.batch((step - 1) * run.batch_size, run.batch_size)
-        share = learning_rate(step - 1, run)
-        loss, norm = training_step(model, optimizers, ids, targets, share, run)
-        loss_sum += loss  # on the device: the host does not wait for every step
-        last = step == run.steps or stop_asked()
-        evaluate = last or step % run.eval_every == 0
-        if not evaluate and step % run.log_every:
-            continue
-        mean_loss = float(loss_sum) / (step - logged)  # over all steps since the last line
-        bpb = None
-        if evaluate:
-            n_blocks = None if last else max(1, EVAL_TOKENS // run.block_size)
-            with precision(run, device):
-                bpb = bits_per_byte(model, val_tokens, bytes_per_token, n_blocks)
-        if not math.isfinite(mean_loss + norm.item() + (bpb or 0)):
+    blocks, bytes_per_token = Blocks(data.train, run.block_size, run.seed), tokenizer.bytes_per_token
+    prompt = tokenizer.decode(data.val.read(0, min(8, len(data.val))).tolist())
+    flops = 3 * model.config.flops_per_token(run.block_size)  # of a token: forward, and twice that backward
+
+    def film():  # one frame: the same prompt and the same dice, another model
+        text = prompt + "".join(stream(model, tokenizer, prompt, max_new_tokens=30))
+        if rank == 0:
+            with open(out / "samples.txt", "a", encoding="utf-8") as file:
+                file.write(f"{state['step']:8,}  {json.dumps(text, ensure_ascii=False)}\n")
+
+    def save():
+        state["seconds"] = time.perf_counter() - start
+        state["loss_sum"] = check(over_processes(float(loss_sum)) / world)
+        save_checkpoint(out, model, optimizers, tokenizer, state)
+
+    def check(value):
+        if not math.isfinite(value):
             raise ValueError(
-                f"the loss diverged before step {step}: try a lower --lr; {out} is older and good"
+                f"the loss diverged before step {state['step']}: try a lower --lr; {out} is good"
             )
-        if evaluate:
-            model.save(out, tokenizer)
-        seconds, tokens = time.perf_counter() - start, step * ids.numel()
-        log.write(step, tokens, seconds, mean_loss, bpb, share * run.lr, norm.item())
-        loss_sum, logged = 0.0, step
-        if last:
-            return model, bpb, step
+        return value
+
+    resumed = "optimizers" in state
+    if resumed:
+        restore(out, model, optimizers, state)
+    start, loss_sum = time.perf_counter() - state["seconds"], state["loss_sum"]
+    log = Log(out, run.steps)
+    if not resumed:
+        film()
+        save()
+    batches = blocks.batches(state["step"] * run.batch_size, run.batch_size, rank, world, device == "cuda")
+    lap, lap_step, saved = time.perf_counter(), state["step"], time.perf_counter()
+    bpb = None
+    for step in range(state["step"] + 1, run.steps + 1):
+        if run.dropout:  # its dice follow from the step, so that there is no generator to keep
+            torch.manual_seed(run.seed + 2**32 * (step * world + rank))
+        share = learning_rate(step - 1, run)
+        loss, norm = training_step(model, optimizers, *next(batches), share, run)
+        state["step"], loss_sum = step, loss_sum + loss  # on the device: the host does not wait for it
+        last = step == run.steps
+        evaluate = last or step % run.eval_every == 0
+        if evaluate or step % run.log_every == 0:
+            mean_loss = check(over_processes(float(loss_sum)) / world / (step - state["logged"]))
+            speed = (step - lap_step) * run.batch_size * run.block_size / (time.perf_counter() - lap)
+            bpb = None
+            if evaluate:
+                with machine.precision(device, run.dtype):
+                    some = max(1, EVAL_TOKENS // run.block_size)
+                    bpb = check(bits_per_byte(model, data.val, bytes_per_token, some))
+                    if bpb < state["best"]:
+                        state["best"], state["best_step"] = bpb, step
+                    if last:
+                        bpb = bits_per_byte(model, data.val, bytes_per_token)
+                film()
+            seconds, tokens = time.perf_counter() - start, step * run.batch_size * run.block_size
+            mfu = speed * flops / world / state["gemm_rate"]
+            memory = machine.peak_memory(device)
+            rate, norm = share * run.lr, check(norm.item())
+            log.write(step, tokens, seconds, mean_loss, bpb, rate, norm, speed, mfu, memory)
+            loss_sum, state["logged"], lap, lap_step = 0.0, step, time.perf_counter(), step
+        stop = over_processes(stop_asked())
+        due = over_processes(time.perf_counter() - saved > SAVE_SECONDS)
+        if evaluate or stop or due or step % run.save_every == 0:
+            save()
+            saved = time.perf_counter()
+        if stop and not last:
+            return step, None
+    return run.steps, bpb
 
 
-def plan(args, tokenizer, train_tokens, n_val, device):
-    """Derive what the arguments leave open, and print it with the reasons. Returns the Run."""
+def plan(args, data, device):
+    """Derive what the arguments leave open, and print it with the reasons. Returns (Run, GEMM rate)."""
 
     def say(name, text):
         print(f"{name:10}{text}", flush=True)
 
-    on_cpu = device == "cpu"
-    dtype, why = (args.dtype, "as asked") if args.dtype else default_dtype(device)
+    on_cpu, world, minutes = device == "cpu", processes()[1], args.minutes or 3
+    dtype, why = (args.dtype, "as asked") if args.dtype else machine.default_dtype(device)
+    long = args.steps is None and minutes >= 5
+    compiled = (
+        (args.compile, "as asked") if args.compile is not None else machine.default_compile(device, long)
+    )
     run = Run(
         preset=args.preset or ("nano" if on_cpu else "small"),
-        seed=args.seed,
+        seed=args.seed or 0,
         steps=args.steps,
         block_size=args.block_size or (128 if on_cpu else 1024),
         batch_size=args.batch_size or (16 if on_cpu else 128),
         lr=args.lr or 0.03,
-        weight_decay=0.1,
-        warmup=1,
         dropout=args.dropout or 0.0,
         dtype=dtype,
         eval_every=args.eval_every,
-        log_every=1,
+        save_every=args.save_every,
+        threads=torch.get_num_threads(),
+        compile=compiled[0],
+        deterministic=args.deterministic,
     )
-    blocks = Blocks(train_tokens, run.block_size, run.seed)
-    shape = Config(tokenizer.vocab_size, run.block_size, **PRESETS[run.preset])
-    say("model", f"{run.preset}: {shape.num_params():,} parameters, {shape.n_layer} layers of {shape.n_embd}")
-    say("device", f"{device}, {torch.get_num_threads()} threads; matrix products in {dtype}: {why}")
-    parts = training_memory(shape, run)
-    listed = ", ".join(f"{name} {size / 1e6:.0f}" for name, size in parts.items())
-    say("memory", f"about {sum(parts.values()) / 1e6:.0f} MB: {listed}")
-    per_step = run.batch_size * run.block_size
+    if run.batch_size % world:
+        raise ValueError(f"--batch-size {run.batch_size} cannot be shared evenly by {world} processes")
+    blocks = Blocks(data.train, run.block_size, run.seed)
+    shape = Config(data.tokenizer.vocab_size, run.block_size, **PRESETS[run.preset])
+    n, per_step, gemm = shape.num_params(), run.batch_size * run.block_size, machine.gemm_rate(device, dtype)
+    say("model", f"{run.preset}: {n:,} parameters, {shape.n_layer} layers of {shape.n_embd}")
+    where = f"{world} x {device}" if world > 1 else device
+    say("device", f"{where}, {run.threads} threads; matrix products in {dtype}: {why}")
+    say("", f"{gemm / 1e9:,.0f} GFLOP/s in large ones, what MFU is a share of")
+    say("compile", compiled[1])
+    run.micro_batch = machine.fit_micro_batch(shape, run, device)
+    parts = machine.training_memory(shape, run)
+    listed = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in parts.items())
+    say("memory", f"about {sum(parts.values()) / 1e6:,.0f} MB: {listed}")
     flops = 3 * per_step * shape.flops_per_token(run.block_size)
-    say("compute", f"{flops / 1e9:.1f} GFLOPs a step, forward and backward")
+    step = measure_step(run, shape.vocab_size, blocks, device, 1.8 * minutes if args.steps is None else 0)
+    speed = f"{flops / 1e9:.1f} GFLOPs, {1000 * step:.0f} ms, {flops / step / world / gemm:.0%} MFU"
+    say("a step", speed)
+    forward = step / 3 / per_step  # of one token; evaluations go forward only
     if run.steps is None:
-        seconds = 60 * args.minutes
-        step = measure_speed(run, tokenizer.vocab_size, blocks, device, limit=0.03 * seconds)
-        forward = step / 3 / per_step  # of one token; evaluations go forward only
+        seconds = 60 * minutes
         n_evals = N_EVALS if run.eval_every is None else seconds / step / run.eval_every
-        evaluations = forward * (n_evals * EVAL_TOKENS + n_val)
+        evaluations = forward * ((n_evals + 1) * EVAL_TOKENS + len(data.val))
         run.steps = max(1, int((seconds - min(evaluations, seconds / 2)) / step))
-        speed = f"one takes {1000 * step:.0f} ms ({flops / step / 1e9:.0f} GFLOP/s)"
-        say("steps", f"{run.steps:,}: {speed}, there are {args.minutes:g} minutes")
-    epochs = run.steps * per_step / len(train_tokens)
-    say("batch", f"{run.batch_size} blocks of {run.block_size} tokens, {epochs:.1f} epochs over the text")
+    epochs = run.steps * per_step / len(data.train)
     if args.dropout is None and epochs > 10:
         run.dropout = 0.1
         say("dropout", "0.1, since text that is seen more often than ten times is learned by heart")
     run.warmup = max(1, min(50, run.steps // 5))
     run.eval_every = run.eval_every or math.ceil(run.steps / N_EVALS)
+    run.save_every = run.save_every or run.eval_every
     run.log_every = max(1, run.eval_every // 10)
+    seconds = step * run.steps
+    say("steps", f"{run.steps:,}, about {seconds / 60:.1f} minutes: {flops * run.steps / 1e15:.3g} PFLOPs")
+    split = "" if run.micro_batch == run.batch_size else f", {run.micro_batch} at a time"
+    say("batch", f"{run.batch_size} blocks of {run.block_size} tokens{split}")
+    tokens = f"{run.steps * per_step / 1e6:,.1f} M tokens, {run.steps * per_step / n:.1f} per parameter"
+    say("text", f"{tokens}, {epochs:.1f} epochs")
+    if epochs > 4 and len(data.train) < n:
+        say(
+            "", "more parameters than tokens, seen again and again: more text or a smaller --preset is better"
+        )
     say("rates", f"Muon {run.lr:g}, AdamW {run.lr / 10:g}: {run.warmup} steps up, the last 60 % down to zero")
-    say("start", f"a loss of {math.log(tokenizer.vocab_size):.2f} = ln {tokenizer.vocab_size}: an even guess")
-    return run
+    say("start", f"a loss of {math.log(shape.vocab_size):.2f} = ln {shape.vocab_size}: an even guess")
+    return run, gemm
 
 
 def parse_arguments():
     """The command line, checked."""
     parser = argparse.ArgumentParser(description="Train a model on prepared data.")
     add = parser.add_argument_group("what to train").add_argument
-    add("--data", default="pystdlib", metavar="NAME", help="folder under data/ (pystdlib)")
+    add("--data", metavar="NAME", help="folder under data/ (pystdlib)")
     add("--out", metavar="DIR", help="where the model goes (out/NAME)")
     add("--preset", choices=PRESETS, help="size of the model (nano on a CPU, small on a GPU)")
-    add("--seed", type=int, default=0, help="equal seeds draw equal weights and data order (0)")
+    add("--seed", type=int, help="equal seeds draw equal weights and data order (0)")
+    add("--resume", action="store_true", help="go on with the newest run, or with the one in --out")
     add = parser.add_argument_group("how long").add_argument
-    add("--minutes", type=float, default=3, help="what steps and evaluations may take (3)")
+    add("--minutes", type=float, help="what steps and evaluations may take (3)")
     add("--steps", type=int, help="a fixed number of steps instead: the same digits every time")
     add("--eval-every", type=int, metavar="STEPS", help="steps between evaluations (a tenth of all)")
+    add("--save-every", type=int, metavar="STEPS", help="steps between checkpoints (as evaluations)")
     add = parser.add_argument_group("details that are chosen for you").add_argument
     add("--block-size", type=int, metavar="TOKENS", help="tokens that the model sees at once")
-    add("--batch-size", type=int, metavar="BLOCKS", help="blocks per step")
+    add("--batch-size", type=int, metavar="BLOCKS", help="blocks per step, over all processes")
     add("--lr", type=float, help="learning rate of Muon; AdamW takes a tenth of it")
     add("--dropout", type=float, help="share of every branch's output that training leaves out")
     add("--dtype", choices=("float32", "bfloat16"), help="in which matrices are multiplied")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile the model (where it pays)")
+    add("--deterministic", action="store_true", help="exact on a GPU too, at a cost that is printed")
     add("--device", help="cpu, cuda or mps (the fastest that there is)")
     args = parser.parse_args()
-    for name in ("minutes", "steps", "eval_every", "block_size", "batch_size", "lr"):
+    positive = ("minutes", "steps", "eval_every", "save_every", "block_size", "batch_size", "lr")
+    for name in positive:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
     for name, limit in (("seed", 2**32), ("dropout", 1)):
         if not 0 <= (getattr(args, name) or 0) < limit:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 0 and below {limit}")
+    for name, value in vars(args).items():
+        if args.resume and value and name not in ("resume", "out", "data", "device"):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value}: a resumed run keeps its settings; leave it out"
+            )
     return args
 
 
 def main():
     args = parse_arguments()
-    device = choose_device(args.device)
-    tokenizer, train_tokens, val_tokens = load_data(find_data(args.data))
-    out = Path(args.out).resolve() if args.out else OUT / args.data
-    print(f"{'data':10}{args.data}: {len(train_tokens):,} tokens for training, {len(val_tokens):,} held out")
-    run = plan(args, tokenizer, train_tokens, len(val_tokens), device)
-    make_room(out)
-    with catch_signals() as stop_asked:
-        model, bpb, step = train(run, tokenizer, train_tokens, val_tokens, out, device, stop_asked)
+    out = Path(args.out).resolve() if args.out else None
+    state = None
+    if args.resume:
+        out, state = find_run(out, "pretraining")
+        args.deterministic = state["run"]["deterministic"]
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
+    device = machine.choose_device(args.device)
+    machine.join_processes(device)
+    rank, world = processes()
+    name = args.data or (state["data"] if state else "pystdlib")
+    if rank == 0:
+        find_data(name)  # which may prepare it
+    over_processes(0)  # the others wait for that
+    data = load_data(find_data(name))
+    print(f"{'data':10}{name}: {len(data.train):,} tokens for training, {len(data.val):,} held out")
+    threads = state["run"]["threads"] if state else machine.default_threads()
+    with machine.set_up(device, threads, args.deterministic):
+        if state:
+            run = Run(**state["run"])
+            refuse_changes(state, identity(run, data))
+            if state["step"] == run.steps:
+                print(f"{os.path.relpath(out)} is finished: {run.steps:,} steps, nothing is left to do")
+                return
+            print(f"{'resumed':10}{os.path.relpath(out)} after step {state['step']:,} of {run.steps:,}")
+        else:
+            run, gemm = plan(args, data, device)
+            out = out or OUT / name
+            if rank == 0:
+                make_room(out)
+            state = identity(run, data) | dict(
+                stage="pretraining", run=asdict(run), data=name, gemm_rate=gemm
+            )
+            state |= dict(step=0, seconds=0.0, loss_sum=0.0, logged=0, best=math.inf, best_step=0)
+        with catch_signals() as stop_asked:
+            step, bpb = train(run, data, out, device, state, stop_asked)
+    if world > 1:
+        dist.destroy_process_group()
     place = os.path.relpath(out)
-    print(f"\n{bpb:.4f} bits per byte of held-out text after {step:,} steps; the model is in {place}/")
-    if step < run.steps:
+    if bpb is None:
+        print(f"\nstopped after step {step:,}; to go on: python train.py --resume --out {place}")
         sys.exit(130)
-    print("\nA sample:\n")
-    for piece in stream(model.eval(), tokenizer, "", max_new_tokens=150):
-        print(piece, end="", flush=True)
-    print(f"\n\nnext: python sample.py --model {place}")
+    print(f"\n{bpb:.4f} bits per byte of held-out text after {step:,} steps; the model is in {place}/")
+    print("\nThe same prompt, step by step:\n")
+    print((out / "samples.txt").read_text(encoding="utf-8"))
+    print(f"next: python sample.py --model {place}")
 
 
 if __name__ == "__main__":
@@ -481,4 +483,10 @@ if __name__ == "__main__":
         sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if processes()[1] == 1:
+            raise
+        reason = f"{str(error).splitlines()[0]:.100}"
+        print(f"error: the processes lost each other, so this one ends, too: {reason}", file=sys.stderr)
         sys.exit(2)

@@ -292,6 +292,7 @@ class TokenWriter:
         self.folder, self.split = folder, split
         self.tokens = 0
         self.files = []
+        self.digest = hashlib.blake2b(digest_size=16)
 
     def write(self, ids):
         """Append an array of ids, in the dtype of the files."""
@@ -302,6 +303,7 @@ class TokenWriter:
                 self.files.append(open(self.folder / f"{self.split}_{len(self.files):03d}.bin", "wb"))
             now, ids = ids[: SHARD_TOKENS - used], ids[SHARD_TOKENS - used :]
             self.files[-1].write(now.tobytes())
+            self.digest.update(now.tobytes())
             self.tokens += len(now)
 
     def close(self):
@@ -363,7 +365,8 @@ def write_tokens(pieces, tokenizer, folder, n_bytes):
     if min(counts["tokens"].values()) < 3:
         raise ValueError(f"the text ({n_bytes:,} bytes) can't be split into a training and a validation part")
     progress.done(f"{n_bytes / 1e6:.1f} MB -> {sum(counts['tokens'].values()) / 1e6:.2f} M tokens")
-    return {**counts, "dtype": dtype.str}
+    fingerprint = {split: writer.digest.hexdigest() for split, writer in writers.items()}
+    return {**counts, "dtype": dtype.str, "fingerprint": fingerprint}
 
 
 def prepare(sources, name=None, vocab_size=None, tokenizer=None, field="text"):

@@ -1,0 +1,203 @@
+"""A run that may be stopped, killed and gone on with. train.py and finetune.py keep their runs with it.
+
+    out/NAME/                            the newest model, log.csv and samples.txt
+    out/NAME/checkpoints/step_000200/    the same at a step, and train_state.pt: all that the run needs to go on
+    out/NAME/checkpoints/best/           the model with the lowest val_bpb
+
+A checkpoint is written under another name, flushed to the disk and renamed: what bears its name is whole, and
+a crash while saving loses nothing. What is opened cannot run code (`weights_only=True`).
+"""
+
+import csv
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager
+
+import torch
+from torch.distributed.checkpoint import state_dict as distributed
+
+from machine import processes
+from model import load_safetensors
+from sample import OUT
+
+STATE, RECORDS = "train_state.pt", ("log.csv", "samples.txt")
+WHOLE = distributed.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered from all processes
+
+
+# --- writing ---
+
+
+def save_checkpoint(out, model, optimizers, tokenizer, state):
+    """Write the checkpoint of state["step"], then put its model into `out`. All processes must call it.
+
+    state: whatever else the run wants to find again; "step" and "best_step" are needed.
+    """
+    weights = distributed.get_model_state_dict(model, options=WHOLE)
+    moments = {}  # before the first step there are none
+    if state["step"]:
+        moments = distributed.get_optimizer_state_dict(model, optimizers, options=WHOLE)
+    folder = out / "checkpoints" / f"step_{state['step']:06}"
+    if processes()[0] or folder.exists():
+        return
+    unfinished = out / "checkpoints" / "unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    try:
+        model.save(unfinished, tokenizer, weights)
+        with open(unfinished / STATE, "wb") as file:
+            torch.save(state | {"optimizers": moments}, file)
+        for name in RECORDS:
+            shutil.copy(out / name, unfinished)
+        if os.name == "posix":
+            for path in (*unfinished.iterdir(), unfinished):
+                flush(path)
+        unfinished.rename(folder)
+        flush(folder.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    settle(out, state)
+
+
+def flush(path):
+    """Wait until a file or folder is on the disk. Windows offers that for open files only."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def settle(out, state):
+    """Let out/ and best/ follow the newest checkpoint and remove old ones. Done twice, it changes nothing."""
+    newest = all_checkpoints(out)[-1]
+    targets = [out, out / "checkpoints" / "best"] if state["best_step"] == state["step"] else [out]
+    for target in targets:
+        target.mkdir(exist_ok=True)
+        for path in newest.iterdir():
+            if path.name not in (STATE, *RECORDS):
+                shutil.copy(path, target / f".{path.name}")
+                os.replace(target / f".{path.name}", target / path.name)
+    for old in all_checkpoints(out)[:-2]:
+        shutil.rmtree(old)
+
+
+# --- going on ---
+
+
+def all_checkpoints(out):
+    """The folders of a run's checkpoints, oldest first."""
+    return sorted(out.glob("checkpoints/step_*"), key=lambda folder: int(folder.name[5:]))
+
+
+def read_state(folder):
+    """What save_checkpoint was given as `state`, and "optimizers". ValueError: the file is damaged."""
+    try:
+        return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except (EOFError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder / STATE} is damaged: {' '.join(str(error).split()):.200}") from None
+
+
+def find_run(out, stage):
+    """(folder, state) of the run in `out`, or of the newest run of that stage under out/."""
+    found = [out] if out else sorted(OUT.glob("*"), key=lambda run: run.stat().st_mtime, reverse=True)
+    for run in found:
+        for newest in all_checkpoints(run)[-1:]:
+            state = read_state(newest)
+            if state["stage"] == stage:
+                return run, state
+    where = os.path.relpath(out) if out else "out"
+    raise ValueError(f"there is nothing to resume in {where}/: no checkpoints of {stage}")
+
+
+def refuse_changes(state, found):
+    """ValueError: a run goes on with exactly what it began with, named by `found`, and this is something else."""
+    for what, value in found.items():
+        if state[what] != value:
+            raise ValueError(f"the {what} has changed since the run began, so it cannot be resumed: {value}")
+
+
+def restore(out, model, optimizers, state):
+    """Bring model, optimizers, log and samples back to the newest checkpoint, whose state was read."""
+    folder = all_checkpoints(out)[-1]
+    weights = load_safetensors(folder / "model.safetensors")
+    distributed.set_model_state_dict(model, weights, options=WHOLE)
+    if state["step"]:
+        distributed.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=WHOLE)
+    if processes()[0] == 0:
+        for name in RECORDS:
+            shutil.copy(folder / name, out)
+        settle(out, state)
+
+
+def make_room(out):
+    """Make an empty folder; a run that is there is renamed to the first free NAME.1, NAME.2 ..., aloud."""
+    if out.exists() and any(out.iterdir()):
+        checkpoints = all_checkpoints(out)
+        if not checkpoints and not (out / "config.json").exists():
+            raise ValueError(f"{out} exists and holds no model: choose another --out")
+        k = 1
+        while (aside := out.with_name(f"{out.name}.{k}")).exists():
+            k += 1
+        out.rename(aside)
+        here, there = os.path.relpath(out), os.path.relpath(aside)
+        print(f"{here} existed and is now {there}")
+        state = read_state(all_checkpoints(aside)[-1]) if checkpoints else None
+        if state and state["step"] < state["run"]["steps"]:
+            print(
+                f"it stopped after step {state['step']:,}; to go on: python train.py --resume --out {there}"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def catch_signals():
+    """Inside, SIGINT and SIGTERM ask for a stop, a second one stops at once. Yields a function: asked?"""
+    asked = []
+
+    def note(number, frame):
+        asked.append(time.monotonic())
+        if asked[-1] - asked[0] > 1:  # torchrun and the terminal may send the same one
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- records ---
+
+
+class Log:
+    """The lines of a run: all of them in log.csv, those with an evaluation on the screen too."""
+
+    COLUMNS = ("step", "tokens", "seconds", "train_loss", "val_bpb", "lr", "grad_norm")
+    COLUMNS += ("tokens_per_second", "mfu", "memory_mb")
+
+    def __init__(self, out, steps):
+        self.steps = steps
+        path = os.devnull if processes()[0] else out / "log.csv"
+        self.file = open(path, "a", newline="", encoding="utf-8")
+        self.rows = csv.writer(self.file)
+        if self.file.tell() == 0:
+            self.rows.writerow(self.COLUMNS)
+            self.file.flush()
+        heads = f"{'step':>8} {'loss':>8} {'val bpb':>8} {'lr':>8} {'tokens/s':>9} {'MFU':>5} {'left':>8}"
+        print(f"\n{heads}", flush=True)
+
+    def write(self, step, tokens, seconds, loss, bpb, lr, norm, speed, mfu, memory):
+        """Add a line; bpb may be None. seconds: since the start, memory: bytes at most so far."""
+        bpb = "" if bpb is None else f"{bpb:.4f}"
+        row = [f"{seconds:.2f}", f"{loss:.4f}", bpb, f"{lr:.6f}", f"{norm:.4f}"]
+        self.rows.writerow([step, tokens, *row, f"{speed:.0f}", f"{mfu:.3f}", f"{memory / 1e6:.0f}"])
+        self.file.flush()
+        left = round(seconds / step * (self.steps - step))
+        clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+        line = f"{step:8,} {loss:8.4f} {bpb:>8} {lr:8.5f} {speed:9,.0f} {mfu:5.0%} {clock:>8}"
+        terminal = sys.stdout.isatty()
+        if bpb or terminal:  # on a terminal, a line without bpb is overwritten by the next
+            print("\r" * terminal + line, end="\n" if bpb else "", flush=True)
