@@ -1,7 +1,7 @@
 """A run that may be stopped, killed and gone on with. train.py and finetune.py keep their runs with it.
 
     out/NAME/                            the newest model, log.csv and samples.txt
-    out/NAME/checkpoints/step_000200/    the same at a step, and train_state.pt: all that the run needs to go on
+    out/NAME/checkpoints/step_000200/    the same at a step, and train_state.pt: what the run needs to go on
     out/NAME/checkpoints/best/           the model with the lowest val_bpb
 
 A checkpoint is written under another name, flushed to the disk and renamed: what bears its name is whole, and
@@ -10,6 +10,7 @@ a crash while saving loses nothing. What is opened cannot run code (`weights_onl
 
 import csv
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch.distributed.checkpoint import state_dict as distributed
 
+import machine
 from machine import processes
 from model import load_safetensors
 from sample import OUT
@@ -94,7 +96,7 @@ def read_state(folder):
     """What save_checkpoint was given as `state`, and "optimizers". ValueError: the file is damaged."""
     try:
         return torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except (EOFError, OSError, RuntimeError, ValueError) as error:
+    except (EOFError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{folder / STATE} is damaged: {' '.join(str(error).split()):.200}") from None
 
 
@@ -111,7 +113,7 @@ def find_run(out, stage):
 
 
 def refuse_changes(state, found):
-    """ValueError: a run goes on with exactly what it began with, named by `found`, and this is something else."""
+    """ValueError: something of what was found is not what the run began with."""
     for what, value in found.items():
         if state[what] != value:
             raise ValueError(f"the {what} has changed since the run began, so it cannot be resumed: {value}")
@@ -178,8 +180,9 @@ class Log:
     COLUMNS = ("step", "tokens", "seconds", "train_loss", "val_bpb", "lr", "grad_norm")
     COLUMNS += ("tokens_per_second", "mfu", "memory_mb")
 
-    def __init__(self, out, steps):
-        self.steps = steps
+    def __init__(self, out, steps, tokens_per_step, peak, device):
+        """peak: the tokens a second at which the device would do nothing but matrix products."""
+        self.steps, self.tokens_per_step, self.peak, self.device = steps, tokens_per_step, peak, device
         path = os.devnull if processes()[0] else out / "log.csv"
         self.file = open(path, "a", newline="", encoding="utf-8")
         self.rows = csv.writer(self.file)
@@ -189,11 +192,20 @@ class Log:
         heads = f"{'step':>8} {'loss':>8} {'val bpb':>8} {'lr':>8} {'tokens/s':>9} {'MFU':>5} {'left':>8}"
         print(f"\n{heads}", flush=True)
 
-    def write(self, step, tokens, seconds, loss, bpb, lr, norm, speed, mfu, memory):
-        """Add a line; bpb may be None. seconds: since the start, memory: bytes at most so far."""
-        bpb = "" if bpb is None else f"{bpb:.4f}"
-        row = [f"{seconds:.2f}", f"{loss:.4f}", bpb, f"{lr:.6f}", f"{norm:.4f}"]
-        self.rows.writerow([step, tokens, *row, f"{speed:.0f}", f"{mfu:.3f}", f"{memory / 1e6:.0f}"])
+    def start_lap(self, step):
+        """From here on, speed is measured."""
+        self.lap = step, time.perf_counter()
+
+    def lap_speed(self, step):
+        """Tokens a second since start_lap."""
+        return (step - self.lap[0]) * self.tokens_per_step / (time.perf_counter() - self.lap[1])
+
+    def write(self, step, seconds, loss, bpb, lr, norm, speed):
+        """Add a line; bpb may be None. seconds: since the start of the run."""
+        bpb, mfu = "" if bpb is None else f"{bpb:.4f}", speed / self.peak
+        memory = machine.peak_memory(self.device) / 1e6
+        row = [f"{seconds:.2f}", f"{loss:.4f}", bpb, f"{lr:.6f}", f"{norm:.4f}", f"{speed:.0f}", f"{mfu:.3f}"]
+        self.rows.writerow([step, step * self.tokens_per_step, *row, f"{memory:.0f}"])
         self.file.flush()
         left = round(seconds / step * (self.steps - step))
         clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"

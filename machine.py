@@ -1,7 +1,7 @@
 """What the hardware offers: a device, its fastest arithmetic, its speed and memory, and other processes.
 
-Everything here follows from the machine and from what was asked for, never from a measured time, so that equal
-runs make equal choices. Only `gemm_rate` measures, to say how much of the machine a run uses.
+All choices follow from the machine and from what was asked for, never from a measured time: equal runs make
+equal ones. `gemm_rate` measures, but only to say how much of the machine a run uses.
 """
 
 import os
@@ -49,12 +49,12 @@ def default_threads():
 def default_compile(device, long):
     """Whether torch.compile pays, and the reason. long: the run takes minutes even on a CPU."""
     if device == "mps" or (device == "cpu" and not long):
-        return False, "no: it takes half a minute, too much for a short run"
+        return False, "it takes half a minute, too much for a short run"
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
     except Exception as error:  # of any kind: a compiler is missing, or too old, or cannot write
-        return False, f"no: it fails here ({' '.join(str(error).split()):.90})"
-    return True, "yes: it fuses what lies between the matrix products"
+        return False, f"it fails here ({' '.join(str(error).split()):.90})"
+    return True, "it fuses what lies between the matrix products"
 
 
 def set_up(device, threads, deterministic):

@@ -308,7 +308,7 @@ class Transformer(nn.Module):
         return total / {"mean": (targets != -100).sum().clamp(min=1), "sum": 1}[reduction]
 
     def save(self, folder, tokenizer=None, weights=None):
-        """Write config.json, generation_config.json, model.safetensors (its own weights or these), tokenizer."""
+        """Write config.json, generation_config.json, model.safetensors (own weights or these), tokenizer."""
         folder, c, weights = Path(folder), self.config, weights or self.state_dict()
         kind = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
         dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")

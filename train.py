@@ -24,13 +24,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 import machine
 from checkpoint import Log, catch_signals, find_run, make_room, refuse_changes, restore, save_checkpoint
 from data.loader import IGNORED, Blocks, find_data, load_data, validation_batches
 from machine import over_processes, processes
 from model import PRESETS, Config, Transformer
+from optimizer import learning_rate, make_optimizers
 from sample import OUT, stream
 
 N_EVALS = 10  # in a run
@@ -55,6 +56,7 @@ class Run:
     dtype: str
     eval_every: int  # in steps, as save_every and log_every
     save_every: int
+    processes: int
     threads: int
     compile: bool
     deterministic: bool
@@ -62,91 +64,6 @@ class Run:
     log_every: int = 1
     warmup: int = 1
     weight_decay: float = 0.1
-
-
-def learning_rate(step, run):
-    """The share of the full rate at a step: linear warm-up, constant, the last 60 % linearly to zero."""
-    return min(1, (step + 1) / run.warmup, (run.steps - step) / (0.6 * run.steps))
-
-
-def orthogonalize(X):
-    """The orthogonal matrices nearest to X (n, rows, columns), roughly: singular values from 0.7 to 1.2.
-
-    Five steps of a Newton-Schulz iteration, which needs nothing but matrix products and bears bfloat16. Its
-    polynomial rises steeply at zero (Jordan et al., 2024, "Muon").
-    """
-    tall = X.size(-2) > X.size(-1)
-    X = X.mT.bfloat16() if tall else X.bfloat16()
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315)
-        X = torch.baddbmm(X, B, X, beta=3.4445)
-    return X.mT if tall else X
-
-
-class Muon(torch.optim.Optimizer):
-    """Steps along the orthogonal matrix nearest to the momentum: a matrix learns all directions at one pace.
-
-    The same numbers as torch.optim.Muon, which takes one matrix at a time; here those of one shape go
-    together. When many processes share the matrices by rows, each gets whole ones to orthogonalize.
-    """
-
-    def __init__(self, params, lr, weight_decay, momentum=0.95):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            alike = {}
-            for p in (p for p in group["params"] if p.grad is not None):
-                alike.setdefault(p.shape, []).append(p)
-            for (rows, columns), params in alike.items():
-                update = torch.stack([self.momentum(p, group["momentum"]) for p in params])
-                if isinstance(update, DTensor):
-                    update = orthogonalize(update.redistribute(placements=[Shard(0)]))
-                    update = update.redistribute(placements=[Shard(1)])
-                else:
-                    update = orthogonalize(update)
-                rate = group["lr"] * math.sqrt(max(1, rows / columns))  # equal steps whatever the shape
-                for p, u in zip(params, update.unbind()):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(u, alpha=-rate)
-
-    def momentum(self, p, share):
-        """Nesterov's: the running mean of the gradients, looking one step ahead."""
-        if not self.state[p]:
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        mean = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - share)
-        return p.grad.lerp(mean, share)
-
-
-def make_optimizers(model, lr, weight_decay):
-    """Muon for the matrices inside the blocks, AdamW for the rest.
-
-    Muon's authors leave embedding and head to AdamW, and so do we. What the blocks write into the stream adds
-    up over the depth, so those matrices go slower in a deeper model than nano.
-    """
-    readers, writers, tables, vectors = [], [], [], []
-    for name, p in model.named_parameters():
-        if p.ndim < 2:
-            vectors.append(p)
-        elif ".layers." not in name:
-            tables.append(p)
-        elif "o_proj" in name or "down_proj" in name:
-            writers.append(p)
-        else:
-            readers.append(p)
-    slower = lr * PRESETS["nano"]["n_layer"] / model.config.n_layer
-    matrices = [{"params": readers}, {"params": writers, "lr": slower}]
-    others = [{"params": tables}, {"params": vectors, "weight_decay": 0.0}]
-    optimizers = [
-        Muon(matrices, lr=lr, weight_decay=weight_decay),
-        torch.optim.AdamW(others, lr=lr / 10, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True),
-    ]
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["initial_lr"] = group["lr"]  # which the schedule multiplies
-    return optimizers
 
 
 def training_step(model, optimizers, ids, targets, share, run):
@@ -157,6 +74,7 @@ def training_step(model, optimizers, ids, targets, share, run):
     """
     device, world, loss_sum = model.model.norm.weight.device, processes()[1], 0.0
     n_tokens = over_processes(int((targets != IGNORED).sum()))
+    weight = world / max(1, n_tokens)  # of one token; FSDP takes the mean over processes
     pieces = list(zip(ids.split(run.micro_batch), targets.split(run.micro_batch)))
     try:
         for i, (x, y) in enumerate(pieces, 1):
@@ -164,9 +82,7 @@ def training_step(model, optimizers, ids, targets, share, run):
                 model.set_requires_gradient_sync(i == len(pieces))
             with machine.precision(device.type, run.dtype):
                 x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-                loss = model.loss(x, y, reduction="sum") * (
-                    world / n_tokens
-                )  # FSDP takes the mean of processes
+                loss = model.loss(x, y, reduction="sum") * weight
             loss.backward()
             loss_sum += loss.detach()
     except RuntimeError as error:
@@ -189,10 +105,10 @@ def bits_per_byte(model, tokens, bytes_per_token, n_blocks=None):
     nats, n_bytes, was_training = 0.0, 0, model.training
     model.eval()
     for ids, targets in validation_batches(tokens, model.config.block_size, n_blocks, rank=rank, world=world):
-        nats += model.loss(ids.to(device), targets.to(device), reduction="sum").double()
-        n_bytes += bytes_per_token[targets[targets != IGNORED].numpy()].sum()
+        nats += model.loss(ids.to(device), targets.to(device), reduction="sum").item()
+        n_bytes += int(bytes_per_token[targets[targets != IGNORED].numpy()].sum())
     model.train(was_training)
-    return over_processes(nats.item()) / math.log(2) / over_processes(n_bytes)
+    return over_processes(nats) / math.log(2) / over_processes(n_bytes)
 
 
 # --- the run ---
@@ -204,11 +120,12 @@ def build(run, vocab_size, device):
     config = Config(vocab_size, run.block_size, dropout=run.dropout, **PRESETS[run.preset])
     model = Transformer(config).to(device)
     if processes()[1] > 1:  # each process keeps a share of every weight and sees whole ones a block at a time
-        for block in model.model.layers:
-            if run.compile:
-                block.compile()
-            fully_shard(block)
-        fully_shard(model)
+        for part in (*model.model.layers, model):
+            if run.compile and part is not model:
+                part.compile()
+            fully_shard(part)
+            part.unshard()  # so that the buffers for this exist: made by a first call of generate, in
+            part.reshard()  # inference_mode, they would be of no use to the backward pass
         for name in ("loss", "hidden", "head"):
             register_fsdp_forward_method(model, name)
     elif run.compile:
@@ -229,6 +146,34 @@ def measure_step(run, vocab_size, blocks, device, limit=0):
     return statistics.median(seconds[3:])
 
 
+def evaluate(model, data, run, state):
+    """Bits per byte of some validation text, after the last step of all of it. Notes the best in state."""
+    step, device = state["step"], model.model.norm.weight.device.type
+    with machine.precision(device, run.dtype):
+        some = max(1, EVAL_TOKENS // run.block_size)
+        bpb = bits_per_byte(model, data.val, data.tokenizer.bytes_per_token, some)
+        if bpb < state["best"]:
+            state["best"], state["best_step"] = bpb, step
+        return bpb if step < run.steps else bits_per_byte(model, data.val, data.tokenizer.bytes_per_token)
+
+
+def add_frame(out, model, data, step):
+    """Add a line to samples.txt: the same prompt and the same dice each time, another model."""
+    prompt = data.tokenizer.decode(data.val.read(0, min(8, len(data.val))).tolist())
+    text = prompt + "".join(stream(model.eval(), data.tokenizer, prompt, max_new_tokens=30))
+    model.train()
+    if processes()[0] == 0:
+        with open(out / "samples.txt", "a", encoding="utf-8") as file:
+            file.write(f"{step:8,}  {json.dumps(text, ensure_ascii=False)}\n")
+
+
+def finite(value, out):
+    """The value; ValueError: it is not finite."""
+    if not math.isfinite(value):
+        raise ValueError(f"the loss diverged: try a lower --lr. What was saved before, in {out}, is good")
+    return value
+
+
 def identity(run, data):
     """What a run must find unchanged when it goes on."""
     shape = asdict(Config(data.tokenizer.vocab_size, run.block_size, **PRESETS[run.preset]))
@@ -242,88 +187,58 @@ def train(run, data, out, device, state, stop_asked=lambda: False):
     """
     tokenizer, (rank, world) = data.tokenizer, processes()
     model, optimizers = build(run, tokenizer.vocab_size, device)
-    blocks, bytes_per_token = Blocks(data.train, run.block_size, run.seed), tokenizer.bytes_per_token
-    prompt = tokenizer.decode(data.val.read(0, min(8, len(data.val))).tolist())
-    flops = 3 * model.config.flops_per_token(run.block_size)  # of a token: forward, and twice that backward
-
-    def film():  # one frame: the same prompt and the same dice, another model
-        text = prompt + "".join(stream(model, tokenizer, prompt, max_new_tokens=30))
-        if rank == 0:
-            with open(out / "samples.txt", "a", encoding="utf-8") as file:
-                file.write(f"{state['step']:8,}  {json.dumps(text, ensure_ascii=False)}\n")
-
-    def save():
-        state["seconds"] = time.perf_counter() - start
-        state["loss_sum"] = check(over_processes(float(loss_sum)) / world)
-        save_checkpoint(out, model, optimizers, tokenizer, state)
-
-    def check(value):
-        if not math.isfinite(value):
-            raise ValueError(
-                f"the loss diverged before step {state['step']}: try a lower --lr; {out} is good"
-            )
-        return value
-
     resumed = "optimizers" in state
     if resumed:
         restore(out, model, optimizers, state)
+    per_step, flops = run.batch_size * run.block_size, 3 * model.config.flops_per_token(run.block_size)
+    log = Log(out, run.steps, per_step, machine.gemm_rate(device, run.dtype) * world / flops, device)
     start, loss_sum = time.perf_counter() - state["seconds"], state["loss_sum"]
-    log = Log(out, run.steps)
+
+    def save():
+        state["seconds"] = time.perf_counter() - start
+        state["loss_sum"] = finite(over_processes(float(loss_sum)) / world, out)
+        save_checkpoint(out, model, optimizers, tokenizer, state)
+
     if not resumed:
-        film()
+        add_frame(out, model, data, state["step"])
         save()
+    blocks, saved = Blocks(data.train, run.block_size, run.seed), time.perf_counter()
     batches = blocks.batches(state["step"] * run.batch_size, run.batch_size, rank, world, device == "cuda")
-    lap, lap_step, saved = time.perf_counter(), state["step"], time.perf_counter()
-    bpb = None
+    log.start_lap(state["step"])
     for step in range(state["step"] + 1, run.steps + 1):
         if run.dropout:  # its dice follow from the step, so that there is no generator to keep
             torch.manual_seed(run.seed + 2**32 * (step * world + rank))
         share = learning_rate(step - 1, run)
         loss, norm = training_step(model, optimizers, *next(batches), share, run)
         state["step"], loss_sum = step, loss_sum + loss  # on the device: the host does not wait for it
-        last = step == run.steps
-        evaluate = last or step % run.eval_every == 0
-        if evaluate or step % run.log_every == 0:
-            mean_loss = check(over_processes(float(loss_sum)) / world / (step - state["logged"]))
-            speed = (step - lap_step) * run.batch_size * run.block_size / (time.perf_counter() - lap)
-            bpb = None
-            if evaluate:
-                with machine.precision(device, run.dtype):
-                    some = max(1, EVAL_TOKENS // run.block_size)
-                    bpb = check(bits_per_byte(model, data.val, bytes_per_token, some))
-                    if bpb < state["best"]:
-                        state["best"], state["best_step"] = bpb, step
-                    if last:
-                        bpb = bits_per_byte(model, data.val, bytes_per_token)
-                film()
-            seconds, tokens = time.perf_counter() - start, step * run.batch_size * run.block_size
-            mfu = speed * flops / world / state["gemm_rate"]
-            memory = machine.peak_memory(device)
-            rate, norm = share * run.lr, check(norm.item())
-            log.write(step, tokens, seconds, mean_loss, bpb, rate, norm, speed, mfu, memory)
-            loss_sum, state["logged"], lap, lap_step = 0.0, step, time.perf_counter(), step
+        evaluating = step == run.steps or step % run.eval_every == 0
+        if evaluating or step % run.log_every == 0:
+            mean_loss = finite(over_processes(float(loss_sum)) / world / (step - state["logged"]), out)
+            norm, speed, bpb = finite(norm.item(), out), log.lap_speed(step), None
+            if evaluating:
+                bpb = finite(evaluate(model, data, run, state), out)
+                add_frame(out, model, data, step)
+            log.write(step, time.perf_counter() - start, mean_loss, bpb, share * run.lr, norm, speed)
+            loss_sum, state["logged"] = 0.0, step
+            log.start_lap(step)
         stop = over_processes(stop_asked())
-        due = over_processes(time.perf_counter() - saved > SAVE_SECONDS)
-        if evaluate or stop or due or step % run.save_every == 0:
+        overdue = over_processes(time.perf_counter() - saved > SAVE_SECONDS)
+        if evaluating or stop or overdue or step % run.save_every == 0:
             save()
             saved = time.perf_counter()
-        if stop and not last:
+        if stop and step < run.steps:
             return step, None
     return run.steps, bpb
 
 
-def plan(args, data, device):
-    """Derive what the arguments leave open, and print it with the reasons. Returns (Run, GEMM rate)."""
-
-    def say(name, text):
-        print(f"{name:10}{text}", flush=True)
-
-    on_cpu, world, minutes = device == "cpu", processes()[1], args.minutes or 3
-    dtype, why = (args.dtype, "as asked") if args.dtype else machine.default_dtype(device)
-    long = args.steps is None and minutes >= 5
-    compiled = (
-        (args.compile, "as asked") if args.compile is not None else machine.default_compile(device, long)
-    )
+def settings(args, device):
+    """(Run, reasons): what follows from the arguments and the device alone. steps may still be None."""
+    on_cpu, long = device == "cpu", args.steps is None and args.minutes and args.minutes >= 15
+    dtype, compiling = (args.dtype, "as asked"), (args.compile, "as asked")
+    if args.dtype is None:
+        dtype = machine.default_dtype(device)
+    if args.compile is None:
+        compiling = machine.default_compile(device, long)
     run = Run(
         preset=args.preset or ("nano" if on_cpu else "small"),
         seed=args.seed or 0,
@@ -332,38 +247,70 @@ def plan(args, data, device):
         batch_size=args.batch_size or (16 if on_cpu else 128),
         lr=args.lr or 0.03,
         dropout=args.dropout or 0.0,
-        dtype=dtype,
+        dtype=dtype[0],
         eval_every=args.eval_every,
         save_every=args.save_every,
+        processes=processes()[1],
         threads=torch.get_num_threads(),
-        compile=compiled[0],
+        compile=compiling[0],
         deterministic=args.deterministic,
     )
-    if run.batch_size % world:
-        raise ValueError(f"--batch-size {run.batch_size} cannot be shared evenly by {world} processes")
+    if run.batch_size % run.processes:
+        raise ValueError(
+            f"--batch-size {run.batch_size} cannot be shared by {run.processes} processes evenly"
+        )
+    return run, {"dtype": dtype[1], "compile": compiling[1]}
+
+
+def plan(args, data, device):
+    """Derive what the arguments leave open, and print it with the reasons. Returns the Run."""
+
+    def say(name, text):
+        print(f"{name:10}{text}", flush=True)
+
+    run, reasons = settings(args, device)
     blocks = Blocks(data.train, run.block_size, run.seed)
     shape = Config(data.tokenizer.vocab_size, run.block_size, **PRESETS[run.preset])
-    n, per_step, gemm = shape.num_params(), run.batch_size * run.block_size, machine.gemm_rate(device, dtype)
+    n, per_step, gemm = (
+        shape.num_params(),
+        run.batch_size * run.block_size,
+        machine.gemm_rate(device, run.dtype),
+    )
     say("model", f"{run.preset}: {n:,} parameters, {shape.n_layer} layers of {shape.n_embd}")
-    where = f"{world} x {device}" if world > 1 else device
-    say("device", f"{where}, {run.threads} threads; matrix products in {dtype}: {why}")
-    say("", f"{gemm / 1e9:,.0f} GFLOP/s in large ones, what MFU is a share of")
-    say("compile", compiled[1])
+    times = f"{run.processes} processes, each on " if run.processes > 1 else ""
+    say("device", f"{times}{device} with {run.threads} threads")
+    say("dtype", f"{run.dtype} for matrix products, {reasons['dtype']}: at most {gemm / 1e9:,.0f} GFLOP/s")
+    say("compile", f"{'yes' if run.compile else 'no'}: {reasons['compile']}")
     run.micro_batch = machine.fit_micro_batch(shape, run, device)
     parts = machine.training_memory(shape, run)
     listed = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in parts.items())
     say("memory", f"about {sum(parts.values()) / 1e6:,.0f} MB: {listed}")
     flops = 3 * per_step * shape.flops_per_token(run.block_size)
-    step = measure_step(run, shape.vocab_size, blocks, device, 1.8 * minutes if args.steps is None else 0)
-    speed = f"{flops / 1e9:.1f} GFLOPs, {1000 * step:.0f} ms, {flops / step / world / gemm:.0%} MFU"
-    say("a step", speed)
-    forward = step / 3 / per_step  # of one token; evaluations go forward only
+    seconds = 0 if args.steps else 60 * (args.minutes or 3)
+    step = measure_step(run, shape.vocab_size, blocks, device, 0.03 * seconds)
+    share = flops / step / run.processes / gemm
+    say("a step", f"{1000 * step:,.0f} ms for {flops / 1e9:,.0f} GFLOPs: {share:.0%} of that rate (MFU)")
+    if run.deterministic and device == "cuda":
+        torch.use_deterministic_algorithms(False)
+        free = measure_step(run, shape.vocab_size, blocks, device)
+        torch.use_deterministic_algorithms(True)
+        say("", f"without --deterministic {1000 * free:,.0f} ms")
     if run.steps is None:
-        seconds = 60 * minutes
+        forward = step / 3 / per_step  # seconds for one token; evaluations go forward only
         n_evals = N_EVALS if run.eval_every is None else seconds / step / run.eval_every
         evaluations = forward * ((n_evals + 1) * EVAL_TOKENS + len(data.val))
         run.steps = max(1, int((seconds - min(evaluations, seconds / 2)) / step))
-    epochs = run.steps * per_step / len(data.train)
+    tokens, limit = run.steps * per_step, f" in {args.minutes or 3:g} minutes" if seconds else ""
+    epochs = tokens / len(data.train)
+    say("steps", f"{run.steps:,}{limit}, {step * run.steps:,.0f} s and {flops * run.steps / 1e15:.3g} PFLOPs")
+    at_once = "" if run.micro_batch * run.processes == run.batch_size else f", {run.micro_batch} at a time"
+    say("batch", f"{run.batch_size} blocks of {run.block_size} tokens{at_once}")
+    say("text", f"{tokens:,} tokens, {tokens / n:.1f} for each parameter, {epochs:.1f} epochs")
+    if epochs > 4 and len(data.train) < n:
+        say(
+            "",
+            "fewer tokens than parameters, seen again and again: more text or a smaller --preset is better",
+        )
     if args.dropout is None and epochs > 10:
         run.dropout = 0.1
         say("dropout", "0.1, since text that is seen more often than ten times is learned by heart")
@@ -371,19 +318,9 @@ def plan(args, data, device):
     run.eval_every = run.eval_every or math.ceil(run.steps / N_EVALS)
     run.save_every = run.save_every or run.eval_every
     run.log_every = max(1, run.eval_every // 10)
-    seconds = step * run.steps
-    say("steps", f"{run.steps:,}, about {seconds / 60:.1f} minutes: {flops * run.steps / 1e15:.3g} PFLOPs")
-    split = "" if run.micro_batch == run.batch_size else f", {run.micro_batch} at a time"
-    say("batch", f"{run.batch_size} blocks of {run.block_size} tokens{split}")
-    tokens = f"{run.steps * per_step / 1e6:,.1f} M tokens, {run.steps * per_step / n:.1f} per parameter"
-    say("text", f"{tokens}, {epochs:.1f} epochs")
-    if epochs > 4 and len(data.train) < n:
-        say(
-            "", "more parameters than tokens, seen again and again: more text or a smaller --preset is better"
-        )
     say("rates", f"Muon {run.lr:g}, AdamW {run.lr / 10:g}: {run.warmup} steps up, the last 60 % down to zero")
     say("start", f"a loss of {math.log(shape.vocab_size):.2f} = ln {shape.vocab_size}: an even guess")
-    return run, gemm
+    return run
 
 
 def parse_arguments():
@@ -418,11 +355,12 @@ def parse_arguments():
     for name, limit in (("seed", 2**32), ("dropout", 1)):
         if not 0 <= (getattr(args, name) or 0) < limit:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 0 and below {limit}")
-    for name, value in vars(args).items():
-        if args.resume and value and name not in ("resume", "out", "data", "device"):
-            raise ValueError(
-                f"--{name.replace('_', '-')} {value}: a resumed run keeps its settings; leave it out"
-            )
+    if args.minutes and args.steps:
+        raise ValueError("--minutes and --steps exclude each other")
+    kept = {"resume", "out", "data", "device"}
+    for name in (name for name, value in vars(args).items() if value is not None and value is not False):
+        if args.resume and name not in kept:
+            raise ValueError(f"--{name.replace('_', '-')}: a resumed run keeps its settings, leave it out")
     return args
 
 
@@ -444,7 +382,8 @@ def main():
     over_processes(0)  # the others wait for that
     data = load_data(find_data(name))
     print(f"{'data':10}{name}: {len(data.train):,} tokens for training, {len(data.val):,} held out")
-    threads = state["run"]["threads"] if state else machine.default_threads()
+    same_machine = state and state["run"]["processes"] == world
+    threads = state["run"]["threads"] if same_machine else machine.default_threads()
     with machine.set_up(device, threads, args.deterministic):
         if state:
             run = Run(**state["run"])
@@ -453,14 +392,14 @@ def main():
                 print(f"{os.path.relpath(out)} is finished: {run.steps:,} steps, nothing is left to do")
                 return
             print(f"{'resumed':10}{os.path.relpath(out)} after step {state['step']:,} of {run.steps:,}")
+            if run.processes != world:
+                print(f"{'':10}by {world} processes instead of {run.processes}: the same but for rounding")
         else:
-            run, gemm = plan(args, data, device)
+            run = plan(args, data, device)
             out = out or OUT / name
             if rank == 0:
                 make_room(out)
-            state = identity(run, data) | dict(
-                stage="pretraining", run=asdict(run), data=name, gemm_rate=gemm
-            )
+            state = identity(run, data) | dict(stage="pretraining", run=asdict(run), data=name)
             state |= dict(step=0, seconds=0.0, loss_sum=0.0, logged=0, best=math.inf, best_step=0)
         with catch_signals() as stop_asked:
             step, bpb = train(run, data, out, device, state, stop_asked)
@@ -485,7 +424,7 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if processes()[1] == 1:
+        if not isinstance(error, dist.DistError) and "onnection" not in str(error):
             raise
         reason = f"{str(error).splitlines()[0]:.100}"
         print(f"error: the processes lost each other, so this one ends, too: {reason}", file=sys.stderr)
