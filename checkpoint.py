@@ -136,7 +136,7 @@ def make_room(out):
     """Make an empty folder; a run that is there is renamed to the first free NAME.1, NAME.2 ..., aloud."""
     if out.exists() and any(out.iterdir()):
         checkpoints = all_checkpoints(out)
-        if not checkpoints and not (out / "config.json").exists():
+        if not any((out / name).exists() for name in ("config.json", "log.csv")):
             raise ValueError(f"{out} exists and holds no model: choose another --out")
         k = 1
         while (aside := out.with_name(f"{out.name}.{k}")).exists():

@@ -4,6 +4,8 @@ python tests/bench.py lzma --data pystdlib      what a general compressor makes 
 python tests/bench.py prepare                   peak memory of data/prepare.py on 50 MB and on 500 MB
 python tests/bench.py tokenizer                 learning and applying a vocabulary, against other libraries
 python tests/bench.py model                     time and memory of the loss, of recomputing, of opening a file
+python tests/bench.py train --peer DIR          a training step against transformers; a run against nanoGPT
+python tests/bench.py resume                    20 runs, each killed at a random moment: do they end alike?
 """
 
 import argparse
@@ -11,6 +13,7 @@ import importlib.util
 import json
 import lzma
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -32,8 +35,10 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.prepare import DATA  # noqa: E402
+import machine  # noqa: E402
+from data.prepare import DATA, prepare  # noqa: E402
 from model import PRESETS, Config, Transformer  # noqa: E402
+from optimizer import make_optimizers  # noqa: E402
 from tokenizer import GPT4_PATTERN, SPECIAL_TOKENS, Tokenizer  # noqa: E402
 
 
@@ -355,6 +360,170 @@ def bench_model(args):
         print(f"{job:28}{seconds:9.2f}{peak:9.0f}", flush=True)
 
 
+# --- training ---
+
+
+def in_turn(jobs, rounds=15, warm_up=3):
+    """{name: median milliseconds} of functions that are called one after the other, round after round."""
+    times = {name: [] for name in jobs}
+    for i in range(rounds + warm_up):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            if i >= warm_up:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def bench_step(dtype, vocab_size=4096, rows=16):
+    """Forward and backward of the nano shape against transformers, and the optimizers, in turn."""
+    import transformers
+
+    config = Config(vocab_size, 128, **PRESETS["nano"])
+    ours = Transformer(config)
+    shape = dict(vocab_size=vocab_size, hidden_size=config.n_embd, intermediate_size=config.n_hidden)
+    shape |= dict(num_hidden_layers=config.n_layer, num_attention_heads=config.n_head)
+    shape |= dict(num_key_value_heads=config.n_kv_head, head_dim=config.head_dim, tie_word_embeddings=True)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, use_cache=False))
+    ids = torch.randint(vocab_size, (rows, 129))
+    ours_muon, adamw = make_optimizers(ours, 0.001, 0.1)
+    matrices = [p for group in ours_muon.param_groups for p in group["params"]]
+    pytorch_muon = torch.optim.Muon(matrices, lr=0.001)
+
+    def forward_backward(model, loss):
+        model.zero_grad()
+        with machine.precision("cpu", dtype):
+            value = loss()
+        value.backward()
+
+    compiled = torch.compile(ours.loss, dynamic=False)
+    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    times = in_turn(
+        {
+            "transformers": lambda: forward_backward(theirs, lambda: theirs(input_ids=x, labels=x).loss),
+            "ours": lambda: forward_backward(ours, lambda: ours.loss(x, y)),
+            "ours, compiled": lambda: forward_backward(ours, lambda: compiled(x, y)),
+            "Muon": ours_muon.step,
+            "torch.optim.Muon": pytorch_muon.step,
+            "AdamW": adamw.step,
+        }
+    )
+    flops = 3 * x.numel() * config.flops_per_token(128)
+    gemm, gemm32 = machine.gemm_rate("cpu", dtype), machine.gemm_rate("cpu", "float32")
+    print(
+        f"\nnano, {rows} x 128 tokens, vocabulary {vocab_size:,}, {dtype}: milliseconds, median of 15 in turn"
+    )
+    for name, value in times.items():
+        is_model = name in ("transformers", "ours", "ours, compiled")
+        rate = flops / value * 1000
+        share = f"{rate / gemm:.0%} of a large product's rate, {rate / gemm32:.0%} of that in float32"
+        print(f"{name:20}{value:8.1f}  {share if is_model else ''}")
+    optimizers = times["Muon"] + times["AdamW"]
+    print(f"ours / transformers {times['ours'] / times['transformers']:.2f}", end=", ")
+    print(f"optimizers {optimizers / (times['ours'] + optimizers):.1%} of a step")
+
+
+def run_nanogpt(peer, text, threads):
+    """(seconds, bits per byte) of nanoGPT's own recipe for Tiny Shakespeare on a CPU."""
+    data = Path(peer) / "data/shakespeare_char"
+    vocabulary = {character: i for i, character in enumerate(sorted(set(text)))}
+    ids = np.array([vocabulary[character] for character in text], dtype=np.uint16)
+    n = int(0.9 * len(ids))
+    ids[:n].tofile(data / "train.bin")
+    ids[n:].tofile(data / "val.bin")
+    meta = {"vocab_size": len(vocabulary), "stoi": vocabulary, "itos": {i: c for c, i in vocabulary.items()}}
+    (data / "meta.pkl").write_bytes(pickle.dumps(meta))
+    recipe = "--device=cpu --compile=False --eval_iters=20 --log_interval=100 --block_size=64 --batch_size=12"
+    recipe += " --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+    program = [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py", *recipe.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    process = subprocess.Popen(program, cwd=peer, stdout=subprocess.PIPE, text=True, env=environment)
+    times = [time.perf_counter() for line in process.stdout if line.startswith(("step 0:", "step 2000:"))]
+    final = subprocess.run(
+        [*program, "--init_from=resume", "--eval_only=True", "--eval_iters=500"],
+        cwd=peer, check=True, capture_output=True, text=True, env=environment,
+    ).stdout  # fmt: skip
+    loss = float(final.split("val loss ")[1].split()[0])
+    return times[-1] - times[0], loss / np.log(2)
+
+
+def run_ours(name, minutes, threads):
+    """(seconds, bits per byte) of train.py."""
+    with tempfile.TemporaryDirectory() as out:
+        program = [sys.executable, ROOT / "train.py", "--data", name, "--minutes", str(minutes), "--out", out]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        subprocess.run(program, check=True, stdout=subprocess.DEVNULL, env=environment)
+        last = (Path(out) / "log.csv").read_text().splitlines()[-1].split(",")
+    return float(last[2]), float(last[4])
+
+
+def bench_train(args):
+    """Parts of a step; then nanoGPT and train.py on the same text, in turn."""
+    for dtype in ("float32", "bfloat16"):
+        bench_step(dtype)
+    if not args.peer:
+        return
+    if "TINY_SHAKESPEARE" not in os.environ:
+        sys.exit("error: put the path of Tiny Shakespeare into the variable TINY_SHAKESPEARE")
+    source = Path(os.environ["TINY_SHAKESPEARE"])
+    prepare([str(source)], name="bench-shakespeare")
+    try:
+        for run in range(args.runs):
+            seconds, bpb = run_nanogpt(args.peer, source.read_text(), args.threads)
+            print(
+                f"\nrun {run + 1}, {args.threads} threads\nnanoGPT  {seconds:6.1f} s  {bpb:.3f} bpb",
+                flush=True,
+            )
+            for part in (6, 10):
+                used, ours = run_ours("bench-shakespeare", seconds / part / 60, args.threads)
+                print(f"1/{part:<6} {used:6.1f} s  {ours:.3f} bpb", flush=True)
+    finally:
+        shutil.rmtree(DATA / "bench-shakespeare")
+
+
+def bench_resume(args):
+    """Kill a run at a random moment, let it go on, compare its end with that of a run which nobody killed."""
+    draw, same = random.Random(args.seed), 0
+    with tempfile.TemporaryDirectory() as work:
+        settings = ["--steps=60", "--batch-size=4", "--eval-every=12", "--save-every=2", "--dropout=0.1"]
+        program = [sys.executable, ROOT / "train.py", *settings, "--data", args.data, "--out"]
+
+        def ending(out):
+            log = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
+            state = torch.load(out / "checkpoints/step_000060/train_state.pt", weights_only=True)[
+                "optimizers"
+            ]
+            moments = {f"{name}.{k}": v for name, values in state["state"].items() for k, v in values.items()}
+            files = [(out / name).read_bytes() for name in ("model.safetensors", "samples.txt")]
+            return files, [row[:2] + row[3:7] for row in log], moments
+
+        def equal(one, other):
+            alike = one[2].keys() == other[2].keys()
+            return one[:2] == other[:2] and alike and all(torch.equal(one[2][k], other[2][k]) for k in one[2])
+
+        start = time.time()
+        subprocess.run([*program, Path(work) / "reference"], check=True, stdout=subprocess.DEVNULL)
+        whole = time.time() - start
+        reference = ending(Path(work) / "reference")
+        for i in range(args.kills):
+            out = Path(work) / str(i)
+            process = subprocess.Popen([*program, out], stdout=subprocess.DEVNULL)
+            wait = draw.uniform(0, whole)
+            time.sleep(wait)
+            process.kill()
+            process.wait()
+            found = sorted(path.name for path in out.glob("checkpoints/*"))
+            again = [sys.executable, ROOT / "train.py", "--resume", "--out", out]
+            begun = any(name.startswith("step") for name in found)
+            subprocess.run(again if begun else [*program, out], check=True, stdout=subprocess.DEVNULL)
+            alike = equal(ending(out), reference)
+            same += alike
+            print(f"{i + 1:3}: killed after {wait:4.1f} s of {whole:.1f} s,", end=" ")
+            print(f"found {', '.join(found) or 'nothing'}: {'equal' if alike else 'DIFFERENT'}", flush=True)
+            shutil.rmtree(out)
+    print(f"{same} of {args.kills} killed runs ended with equal weights, optimizers, samples and log")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Measure.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -380,6 +549,18 @@ def main():
     command.add_argument("--runs", type=int, default=3, help="runs of each (3)")
     command.add_argument("--job", choices=MODEL_JOBS, help="one run of this one only, as JSON")
     command.set_defaults(bench=bench_model)
+    command = commands.add_parser("train", help="a training step, and runs against nanoGPT")
+    command.add_argument(
+        "--peer", metavar="DIR", help="a checkout of nanoGPT, whose data folder is written to"
+    )
+    command.add_argument("--runs", type=int, default=3, help="runs of each (3)")
+    command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for each (all)")
+    command.set_defaults(bench=bench_train)
+    command = commands.add_parser("resume", help="runs that are killed and go on")
+    command.add_argument("--kills", type=int, default=20, help="how many (20)")
+    command.add_argument("--data", default="pystdlib", help="prepared data (pystdlib)")
+    command.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+    command.set_defaults(bench=bench_resume)
     args = parser.parse_args()
     args.bench(args)
 

@@ -8,6 +8,7 @@ import torch
 
 from model import Config, Transformer
 from tokenizer import Tokenizer
+from train import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "the cat sat on the mat and the dog sat on the cat; naïve café 12345 — 日本語\n"
@@ -42,3 +43,12 @@ def model(tiny_config):
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.1)
     return model.eval()
+
+
+def make_run(**changes):
+    """A Run for tests."""
+    run = dict(
+        preset="nano", seed=0, steps=10, block_size=32, batch_size=4, micro_batch=4, lr=0.03, dropout=0.0
+    )
+    run |= dict(dtype="float32", eval_every=5, save_every=5, processes=1, threads=torch.get_num_threads())
+    return Run(**run | dict(compile=False, deterministic=False) | changes)
