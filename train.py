@@ -233,18 +233,19 @@ def train(run, data, out, device, state, stop_asked=lambda: False):
 
 def settings(args, device):
     """(Run, reasons): what follows from the arguments and the device alone. steps may still be None."""
-    on_cpu, long = device == "cpu", args.steps is None and args.minutes and args.minutes >= 15
+    on_cpu, minutes = device == "cpu", math.inf if args.steps else args.minutes or 3
+    T, rows = (1024, 128) if not on_cpu else (128, 16) if minutes >= 1 else (32, 32)
     dtype, compiling = (args.dtype, "as asked"), (args.compile, "as asked")
     if args.dtype is None:
         dtype = machine.default_dtype(device)
     if args.compile is None:
-        compiling = machine.default_compile(device, long)
+        compiling = machine.default_compile(device, long=15 <= minutes < math.inf)
     run = Run(
         preset=args.preset or ("nano" if on_cpu else "small"),
         seed=args.seed or 0,
         steps=args.steps,
-        block_size=args.block_size or (128 if on_cpu else 1024),
-        batch_size=args.batch_size or (16 if on_cpu else 128),
+        block_size=args.block_size or T,
+        batch_size=args.batch_size or rows,
         lr=args.lr or 0.03,
         dropout=args.dropout or 0.0,
         dtype=dtype[0],
@@ -295,9 +296,12 @@ def plan(args, data, device):
         free = measure_step(run, shape.vocab_size, blocks, device)
         torch.use_deterministic_algorithms(True)
         say("", f"without --deterministic {1000 * free:,.0f} ms")
+    n_evals = N_EVALS
     if run.steps is None:
         forward = step / 3 / per_step  # seconds for one token; evaluations go forward only
-        n_evals = N_EVALS if run.eval_every is None else seconds / step / run.eval_every
+        n_evals = max(1, min(N_EVALS, seconds // 10))
+        if run.eval_every:
+            n_evals = seconds / step / run.eval_every
         evaluations = forward * ((n_evals + 1) * EVAL_TOKENS + len(data.val))
         run.steps = max(1, int((seconds - min(evaluations, seconds / 2)) / step))
     tokens, limit = run.steps * per_step, f" in {args.minutes or 3:g} minutes" if seconds else ""
@@ -314,8 +318,10 @@ def plan(args, data, device):
     if args.dropout is None and epochs > 10:
         run.dropout = 0.1
         say("dropout", "0.1, since text that is seen more often than ten times is learned by heart")
+    if args.lr is None:  # fewer than 400 steps have to be larger ones
+        run.lr = round(0.03 * min(2, math.sqrt(max(1, 400 / run.steps))), 4)
     run.warmup = max(1, min(50, run.steps // 5))
-    run.eval_every = run.eval_every or math.ceil(run.steps / N_EVALS)
+    run.eval_every = run.eval_every or math.ceil(run.steps / n_evals)
     run.save_every = run.save_every or run.eval_every
     run.log_every = max(1, run.eval_every // 10)
     say("rates", f"Muon {run.lr:g}, AdamW {run.lr / 10:g}: {run.warmup} steps up, the last 60 % down to zero")

@@ -6,10 +6,13 @@ python tests/bench.py tokenizer                 learning and applying a vocabula
 python tests/bench.py model                     time and memory of the loss, of recomputing, of opening a file
 python tests/bench.py train --peer DIR          a training step against transformers; a run against nanoGPT
 python tests/bench.py resume                    20 runs, each killed at a random moment: do they end alike?
+python tests/bench.py ladder                    from a GPT-2 to train.py, idea by idea, in equal time
+python tests/bench.py gpu                       all that needs a GPU, in one call
 """
 
 import argparse
 import importlib.util
+import io
 import json
 import lzma
 import os
@@ -24,6 +27,7 @@ import sysconfig
 import tempfile
 import time
 from collections import Counter
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +35,18 @@ import regex
 import tiktoken
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import machine  # noqa: E402
+import train  # noqa: E402
+from data.loader import Blocks, load_data  # noqa: E402
 from data.prepare import DATA, prepare  # noqa: E402
 from model import PRESETS, Config, Transformer  # noqa: E402
 from optimizer import make_optimizers  # noqa: E402
+from sample import generate  # noqa: E402
 from tokenizer import GPT4_PATTERN, SPECIAL_TOKENS, Tokenizer  # noqa: E402
 
 
@@ -481,6 +489,231 @@ def bench_train(args):
         shutil.rmtree(DATA / "bench-shakespeare")
 
 
+# --- what each idea buys ---
+
+
+class LearnedPositions(Transformer):
+    """A vector for each position, added to the embedding, instead of a rotation of q and k."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.positions = nn.Parameter(0.02 * torch.randn(config.block_size, config.n_embd))
+
+    def hidden(self, ids, cache=None):
+        x = self.model.embed_tokens(ids) + self.positions[: ids.size(1)]
+        cos = torch.ones(ids.size(1), self.config.head_dim // 2, device=x.device)
+        for block in self.model.layers:
+            x = block(x, cos, torch.zeros_like(cos))  # a rotation by nothing
+        return self.model.norm(x)
+
+
+class GeluMLP(nn.Module):
+    """GPT-2's: down(gelu(up(x))), four times as wide inside."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.up_proj = nn.Linear(width, 4 * width, bias=False)
+        self.down_proj = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.gelu(self.up_proj(x)))
+
+
+def older_model(config, ideas):
+    """The Transformer without those of "rope", "rmsnorm" and "swiglu" that are not among `ideas`."""
+    model = (Transformer if "rope" in ideas else LearnedPositions)(config)
+    if "swiglu" not in ideas:
+        for block in model.model.layers:
+            block.mlp = GeluMLP(config.n_embd)
+            for p, std in (
+                (block.mlp.up_proj.weight, 0.5 / config.n_embd**0.5),
+                (block.mlp.down_proj.weight, 0),
+            ):
+                nn.init.normal_(p, std=std)
+    if "rmsnorm" not in ideas:
+        for block in model.model.layers:
+            block.input_layernorm = nn.LayerNorm(config.n_embd, bias=False)
+            block.post_attention_layernorm = nn.LayerNorm(config.n_embd, bias=False)
+        model.model.norm = nn.LayerNorm(config.n_embd, bias=False)
+    return model
+
+
+def plain_adamw(model):
+    """nanoGPT's optimizer for small models on a CPU."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True
+    )
+    optimizer.param_groups[0]["initial_lr"] = 1e-3
+    return [optimizer]
+
+
+RUNGS = {  # name -> what it adds
+    "GPT-2's block, AdamW, bytes, 12 x 64": set(),
+    "+ RoPE": {"rope"},
+    "+ RMSNorm": {"rmsnorm"},
+    "+ SwiGLU": {"swiglu"},
+    "+ Muon": {"muon"},
+    "+ BPE, 1,024 tokens": {"bpe"},
+    "+ batch of 16 x 128": {"batch"},
+    "+ constant rate, then linear to zero": {"schedule"},
+    "+ products in bfloat16": {"bfloat16"},
+}
+
+
+def climb(ideas, data, seconds, seed):
+    """Train with these ideas for that time. Returns (steps, tokens, bits per byte)."""
+    rows, T = (16, 128) if "batch" in ideas else (12, 64)
+    torch.manual_seed(seed)
+    dtype = "bfloat16" if "bfloat16" in ideas else "float32"
+    run = argparse.Namespace(micro_batch=rows, dtype=dtype)
+    model = older_model(Config(data.tokenizer.vocab_size, T, **PRESETS["nano"]), ideas)
+    optimizers = make_optimizers(model, 0.03, 0.1) if "muon" in ideas else plain_adamw(model)
+    batches = Blocks(data.train, T, seed).batches(0, rows)
+    start, step = time.perf_counter(), 0
+    while (done := (time.perf_counter() - start) / seconds) < 1:  # the schedules go by time
+        cosine = 0.1 + 0.9 * (1 + np.cos(np.pi * done)) / 2
+        share = min(1, done / 0.05, (1 - done) / 0.6 if "schedule" in ideas else cosine)
+        step += 1
+        train.training_step(model, optimizers, *next(batches), share, run)
+    bpb = train.bits_per_byte(model, data.val, data.tokenizer.bytes_per_token)
+    return step, step * rows * T, bpb
+
+
+def bench_ladder(args):
+    """The table of the README: equal time and seeds, one idea more on every rung."""
+    if "TINY_SHAKESPEARE" not in os.environ:
+        sys.exit("error: put the path of Tiny Shakespeare into the variable TINY_SHAKESPEARE")
+    text = os.environ["TINY_SHAKESPEARE"]
+    vocabularies = {"bytes": 256 + len(SPECIAL_TOKENS), "bpe": None}
+    with redirect_stdout(io.StringIO()):
+        folders = {name: prepare([text], f"bench-{name}", size) for name, size in vocabularies.items()}
+    data = {name: load_data(folder) for name, folder in folders.items()}
+    results = {name: [] for name in RUNGS}
+    for seed in range(args.runs):  # in turn, so that a slow hour of the machine meets all
+        ideas = set()
+        for name, added in RUNGS.items():
+            ideas |= added
+            results[name].append(climb(ideas, data["bpe" if "bpe" in ideas else "bytes"], args.seconds, seed))
+    print(f"| {args.seconds:g} s each, median of {args.runs} | steps | tokens | bits per byte |")
+    print("|---|---|---|---|")
+    for name, runs in results.items():
+        steps, tokens, bpb = (statistics.median(values) for values in zip(*runs))
+        print(f"| {name} | {steps:,.0f} | {tokens / 1e6:.2f} M | {bpb:.3f} |", flush=True)
+    for folder in folders.values():
+        shutil.rmtree(folder)
+
+
+# --- on a GPU ---
+
+
+def training_speed(kind, preset, rows, T, vocab_size, device):
+    """(tokens a second, bytes at most) of training steps of one kind, each rows x T tokens."""
+    settings = dict(
+        preset=preset, seed=0, steps=1000, block_size=T, batch_size=rows, micro_batch=rows, lr=0.01
+    )
+    settings |= dict(dropout=0.0, dtype="bfloat16", eval_every=100, save_every=100, processes=1, threads=1)
+    run = train.Run(**settings, compile=kind == "ours", deterministic=False)
+    config = Config(vocab_size, T, **PRESETS[preset])
+    if kind.startswith("ours"):
+        model, optimizers = train.build(run, vocab_size, device)
+    elif kind == "nanoGPT-like":  # GPT-2's block, all logits at once, compiled, fused AdamW
+        model = older_model(config, set()).to(device)
+        model.loss = torch.compile(whole_loss(model))
+        optimizers = plain_adamw(model)
+    else:
+        import transformers
+
+        shape = dict(vocab_size=vocab_size, hidden_size=config.n_embd, intermediate_size=config.n_hidden)
+        shape |= dict(num_hidden_layers=config.n_layer, num_attention_heads=config.n_head)
+        shape |= dict(num_key_value_heads=config.n_kv_head, tie_word_embeddings=True, use_cache=False)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).to(device)
+        plain = torch.compile(model) if kind.endswith("compiled") else model
+        model.loss = whole_loss(lambda ids: plain(input_ids=ids).logits)
+        optimizers = plain_adamw(model)
+    ids = torch.randint(vocab_size, (rows, T + 1))
+    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(12):
+        start = time.perf_counter()
+        loss, _ = train.training_step(model, optimizers, x, y, 1.0, run)
+        loss.item()
+        seconds.append(time.perf_counter() - start)
+    return rows * T / statistics.median(seconds[4:]), machine.peak_memory(device)
+
+
+def whole_loss(logits_of):
+    """The loss as it is usually computed: all logits, then the cross-entropy."""
+
+    def loss(ids, targets, reduction="sum"):
+        return F.cross_entropy(logits_of(ids).flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+
+    return loss
+
+
+def decoding_speed(folder, kind, device, n=128):
+    """Tokens a second of one stream."""
+    if kind == "transformers":
+        import transformers
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+
+        def run():
+            ids = torch.ones(1, 8, dtype=torch.long, device=device)
+            model.generate(ids, min_new_tokens=n, max_new_tokens=n, do_sample=False, pad_token_id=0)
+    else:
+        model = Transformer.load(folder, device, torch.bfloat16)
+
+        def run():
+            for _ in generate(model, [[1] * 8], max_new_tokens=n, temperature=0):
+                pass
+
+    run()
+    start = time.perf_counter()
+    run()
+    return n / (time.perf_counter() - start)
+
+
+def bench_gpu(args):
+    """The tests on the GPU, training and decoding against peers, one table."""
+    device = args.device
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    print(f"{name}, PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d')}", flush=True)
+    if not args.no_tests:
+        files = [f"tests/test_{stage}.py" for stage in ("model", "optimizer", "train", "sample")]
+        program = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *files]
+        try:
+            result = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=200)
+            print(result.stdout[-2000:], flush=True)
+        except subprocess.TimeoutExpired:
+            print("the tests took more than 200 s", flush=True)
+    gemm = machine.gemm_rate(device, "bfloat16")
+    print(f"a large product in bfloat16: {gemm / 1e12:.1f} TFLOP/s\n", flush=True)
+    T, V = args.block_size, 50304
+    config = Config(V, T, **PRESETS[args.preset])
+    print(f"{args.preset}, {args.rows} x {T} tokens: tokens/s, share of that rate, GB at most", flush=True)
+    with machine.set_up(device, torch.get_num_threads(), False):
+        for kind in ("nanoGPT-like", "transformers", "transformers, compiled", "ours, not compiled", "ours"):
+            try:
+                speed, memory = training_speed(kind, args.preset, args.rows, T, V, device)
+            except Exception as error:  # one that fails should not hide the others
+                print(f"{kind:24}{type(error).__name__}: {str(error)[:200]}", flush=True)
+                continue
+            mfu = speed * 3 * config.flops_per_token(T) / gemm
+            print(f"{kind:24}{speed:12,.0f} {mfu:6.1%} {memory / 1e9:6.1f}", flush=True)
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    print("\ndecoding one stream in bfloat16: tokens/s", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        Transformer(config).to(torch.bfloat16).save(Path(folder))
+        for kind in ("transformers", "ours"):
+            print(f"{kind:24}{decoding_speed(folder, kind, device):12,.0f}", flush=True)
+
+
+# --- kills ---
+
+
 def bench_resume(args):
     """Kill a run at a random moment, let it go on, compare its end with that of a run which nobody killed."""
     draw, same = random.Random(args.seed), 0
@@ -556,6 +789,17 @@ def main():
     command.add_argument("--runs", type=int, default=3, help="runs of each (3)")
     command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for each (all)")
     command.set_defaults(bench=bench_train)
+    command = commands.add_parser("ladder", help="what each idea buys, in equal time")
+    command.add_argument("--seconds", type=float, default=60, help="for each rung (60)")
+    command.add_argument("--runs", type=int, default=3, help="of the whole ladder (3)")
+    command.set_defaults(bench=bench_ladder)
+    command = commands.add_parser("gpu", help="all that needs a GPU")
+    command.add_argument("--device", default="cuda", help="another one, to try the benchmark (cuda)")
+    command.add_argument("--preset", default="small", choices=PRESETS, help="of the model (small)")
+    command.add_argument("--rows", type=int, default=32, help="blocks at a time (32)")
+    command.add_argument("--block-size", type=int, default=1024, help="tokens of a block (1024)")
+    command.add_argument("--no-tests", action="store_true", help="leave out the tests")
+    command.set_defaults(bench=bench_gpu)
     command = commands.add_parser("resume", help="runs that are killed and go on")
     command.add_argument("--kills", type=int, default=20, help="how many (20)")
     command.add_argument("--data", default="pystdlib", help="prepared data (pystdlib)")
