@@ -52,9 +52,8 @@ def save_checkpoint(out, model, optimizers, tokenizer, state):
             torch.save(state | {"optimizers": moments}, file)
         for name in RECORDS:
             shutil.copy(out / name, unfinished)
-        if os.name == "posix":
-            for path in (*unfinished.iterdir(), unfinished):
-                flush(path)
+        for path in (*unfinished.iterdir(), unfinished):
+            flush(path)
         unfinished.rename(folder)
         flush(folder.parent)
     finally:
@@ -106,7 +105,7 @@ def find_run(out, stage):
     for run in found:
         for newest in all_checkpoints(run)[-1:]:
             state = read_state(newest)
-            if state["stage"] == stage:
+            if state.get("stage") == stage:
                 return run, state
     where = os.path.relpath(out) if out else "out"
     raise ValueError(f"there is nothing to resume in {where}/: no checkpoints of {stage}")
@@ -120,12 +119,15 @@ def refuse_changes(state, found):
 
 
 def restore(out, model, optimizers, state):
-    """Bring model, optimizers, log and samples back to the newest checkpoint, whose state was read."""
-    folder = all_checkpoints(out)[-1]
+    """Bring model, optimizers, log and samples back to the newest checkpoint, whose state was read.
+
+    Takes "optimizers" out of state, so that the memory is free again.
+    """
+    folder, moments = all_checkpoints(out)[-1], state.pop("optimizers")
     weights = load_safetensors(folder / "model.safetensors")
     distributed.set_model_state_dict(model, weights, options=WHOLE)
-    if state["step"]:
-        distributed.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=WHOLE)
+    if moments:
+        distributed.set_optimizer_state_dict(model, optimizers, moments, options=WHOLE)
     if processes()[0] == 0:
         for name in RECORDS:
             shutil.copy(folder / name, out)
@@ -146,9 +148,8 @@ def make_room(out):
         print(f"{here} existed and is now {there}")
         state = read_state(all_checkpoints(aside)[-1]) if checkpoints else None
         if state and state["step"] < state["run"]["steps"]:
-            print(
-                f"it stopped after step {state['step']:,}; to go on: python train.py --resume --out {there}"
-            )
+            how = f"python train.py --resume --out {there}"
+            print(f"it stopped after step {state['step']:,}; to go on with it: {how}")
     out.mkdir(parents=True, exist_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""What the hardware offers: a device, its fastest arithmetic, its speed and memory, and other processes.
+"""What the hardware offers: its fastest arithmetic, its speed and memory, and other processes.
 
 All choices follow from the machine and from what was asked for, never from a measured time: equal runs make
 equal ones. `gemm_rate` measures, but only to say how much of the machine a run uses.
@@ -14,17 +14,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-
-def choose_device(name=None):
-    """The device of that name or, without one, the fastest of this machine. ValueError: it is not there."""
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from None
-    return name
 
 
 def default_dtype(device):

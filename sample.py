@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from machine import choose_device
 from model import KVCache, Transformer
 from tokenizer import Tokenizer
 
@@ -85,6 +84,17 @@ def generate(
         if all(ended):
             return
         yield [None if end else new for end, new in zip(ended, drawn)]
+
+
+def choose_device(name=None):
+    """The device of that name or, without one, the fastest of this machine. ValueError: it is not there."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from None
+    return name
 
 
 def newest_model():

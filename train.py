@@ -32,7 +32,7 @@ from data.loader import IGNORED, Blocks, find_data, load_data, validation_batche
 from machine import over_processes, processes
 from model import PRESETS, Config, Transformer
 from optimizer import learning_rate, make_optimizers
-from sample import OUT, stream
+from sample import OUT, choose_device, stream
 
 N_EVALS = 10  # in a run
 EVAL_TOKENS = 2**14  # in each but the last, which takes all that is held out
@@ -192,10 +192,11 @@ def train(run, data, out, device, state, stop_asked=lambda: False):
         restore(out, model, optimizers, state)
     per_step, flops = run.batch_size * run.block_size, 3 * model.config.flops_per_token(run.block_size)
     log = Log(out, run.steps, per_step, machine.gemm_rate(device, run.dtype) * world / flops, device)
-    start, loss_sum = time.perf_counter() - state["seconds"], state["loss_sum"]
+    start, loss_sum, norm = time.perf_counter() - state["seconds"], state["loss_sum"], 0.0
 
     def save():
         state["seconds"] = time.perf_counter() - start
+        finite(float(norm), out)  # or the weights are of no use
         state["loss_sum"] = finite(over_processes(float(loss_sum)) / world, out)
         save_checkpoint(out, model, optimizers, tokenizer, state)
 
@@ -214,7 +215,7 @@ def train(run, data, out, device, state, stop_asked=lambda: False):
         evaluating = step == run.steps or step % run.eval_every == 0
         if evaluating or step % run.log_every == 0:
             mean_loss = finite(over_processes(float(loss_sum)) / world / (step - state["logged"]), out)
-            norm, speed, bpb = finite(norm.item(), out), log.lap_speed(step), None
+            norm, speed, bpb = finite(float(norm), out), log.lap_speed(step), None
             if evaluating:
                 bpb = finite(evaluate(model, data, run, state), out)
                 add_frame(out, model, data, step)
@@ -229,6 +230,11 @@ def train(run, data, out, device, state, stop_asked=lambda: False):
         if stop and step < run.steps:
             return step, None
     return run.steps, bpb
+
+
+def say(name, text):
+    """A line of what is known before the first step."""
+    print(f"{name:10}{text}", flush=True)
 
 
 def settings(args, device):
@@ -265,10 +271,6 @@ def settings(args, device):
 
 def plan(args, data, device):
     """Derive what the arguments leave open, and print it with the reasons. Returns the Run."""
-
-    def say(name, text):
-        print(f"{name:10}{text}", flush=True)
-
     run, reasons = settings(args, device)
     blocks = Blocks(data.train, run.block_size, run.seed)
     shape = Config(data.tokenizer.vocab_size, run.block_size, **PRESETS[run.preset])
@@ -379,7 +381,7 @@ def main():
         args.deterministic = state["run"]["deterministic"]
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
-    device = machine.choose_device(args.device)
+    device = choose_device(args.device)
     machine.join_processes(device)
     rank, world = processes()
     name = args.data or (state["data"] if state else "pystdlib")
@@ -387,7 +389,7 @@ def main():
         find_data(name)  # which may prepare it
     over_processes(0)  # the others wait for that
     data = load_data(find_data(name))
-    print(f"{'data':10}{name}: {len(data.train):,} tokens for training, {len(data.val):,} held out")
+    say("data", f"{name}: {len(data.train):,} tokens for training, {len(data.val):,} held out")
     same_machine = state and state["run"]["processes"] == world
     threads = state["run"]["threads"] if same_machine else machine.default_threads()
     with machine.set_up(device, threads, args.deterministic):
@@ -397,9 +399,9 @@ def main():
             if state["step"] == run.steps:
                 print(f"{os.path.relpath(out)} is finished: {run.steps:,} steps, nothing is left to do")
                 return
-            print(f"{'resumed':10}{os.path.relpath(out)} after step {state['step']:,} of {run.steps:,}")
+            say("resumed", f"{os.path.relpath(out)} after step {state['step']:,} of {run.steps:,}")
             if run.processes != world:
-                print(f"{'':10}by {world} processes instead of {run.processes}: the same but for rounding")
+                say("", f"by {world} processes instead of {run.processes}: the same but for rounding")
         else:
             run = plan(args, data, device)
             out = out or OUT / name

@@ -147,20 +147,41 @@ def prepared(tmp_path_factory):
     prepare.shutil.rmtree(prepare.DATA / "test-train")
 
 
-def run_script(*arguments, limit=None, processes=1):
+def command(*arguments, processes=1):
+    """train.py as a user calls it, on the CPU also where there is a GPU, unless arguments name a device."""
     program = [sys.executable]
     if processes > 1:
         program += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    device = () if "--device" in arguments else ("--device", "cpu")
+    return [*program, ROOT / "train.py", *map(str, (*arguments, *device))]
+
+
+def run_script(*arguments, limit=None, processes=1):
     return subprocess.run(
-        [*program, ROOT / "train.py", *map(str, arguments)],
+        command(*arguments, processes=processes),
         capture_output=True, text=True, encoding="utf-8", preexec_fn=limit,
     )  # fmt: skip
+
+
+def start(*arguments, processes=1):
+    return subprocess.Popen(
+        command(*arguments, processes=processes),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def run_here(*arguments):
     """The script within this process, which is quicker. Returns what it prints."""
     output, before = io.StringIO(), sys.argv
-    sys.argv = ["train.py", *map(str, arguments)]
+    sys.argv = [str(part) for part in command(*arguments)[1:]]
     try:
         with redirect_stdout(output):
             stage.main()
@@ -194,6 +215,7 @@ def assert_same_run(out, other):
 
 
 SHORT = ("--steps", 24, "--eval-every", 8, "--save-every", 3, "--batch-size", 2, "--dropout", 0.1)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture(scope="module")
@@ -262,24 +284,6 @@ def test_evaluating_and_saving_more_often_changes_no_weight(prepared, reference,
     ).read_bytes()
 
 
-def start(*arguments, processes=1):
-    program = [sys.executable]
-    if processes > 1:
-        program += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.Popen(
-        [*program, ROOT / "train.py", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
-def wait_for(path, process):
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("places", [["step_000000"], ["step_000009"], ["step_000006", "unfinished"]])
 def test_a_killed_run_goes_on_to_the_same_bits(prepared, reference, tmp_path, places):
     out = tmp_path / "out"
@@ -292,6 +296,30 @@ def test_a_killed_run_goes_on_to_the_same_bits(prepared, reference, tmp_path, pl
     assert "resumed" in printed
     assert_same_run(out, reference[0])
     assert not list(out.rglob("*unfinished*")) and not list(out.glob(".*"))
+
+
+@needs_cuda
+@pytest.mark.parametrize("compiling", ["--compile", "--no-compile"])
+def test_a_killed_deterministic_run_on_a_gpu_goes_on_to_the_same_bits(prepared, tmp_path, compiling):
+    options = (
+        *SHORT,
+        "--preset",
+        "nano",
+        "--block-size",
+        64,
+        "--deterministic",
+        compiling,
+        "--device",
+        "cuda",
+    )
+    assert run_script("--data", prepared, *options, "--out", tmp_path / "reference").returncode == 0
+    process = start("--data", prepared, *options, "--out", tmp_path / "out")
+    wait_for(tmp_path / "out/checkpoints/step_000009", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    result = run_script("--resume", "--out", tmp_path / "out", "--device", "cuda")
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "out", tmp_path / "reference")
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_leaves_no_trace(prepared, reference, tmp_path):
@@ -316,7 +344,7 @@ def test_a_new_run_says_how_to_go_on_with_an_unfinished_one(prepared, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     printed = run_here("--data", prepared, "--steps", 1, "--out", out)
-    assert "to go on: python train.py --resume --out" in printed and "out.1" in printed
+    assert "to go on with it: python train.py --resume --out" in printed and "out.1" in printed
 
 
 def test_a_run_is_resumed_with_what_it_began_with_or_not_at_all(prepared, reference, tmp_path):
