@@ -554,15 +554,15 @@ RUNGS = {  # name -> what it adds
     "+ SwiGLU": {"swiglu"},
     "+ Muon": {"muon"},
     "+ BPE, 1,024 tokens": {"bpe"},
-    "+ batch of 16 x 128": {"batch"},
-    "+ constant rate, then linear to zero": {"schedule"},
     "+ products in bfloat16": {"bfloat16"},
+    "+ the batch of train.py": {"batch"},
+    "+ constant rate, then linear to zero": {"schedule"},
 }
 
 
 def climb(ideas, data, seconds, seed):
     """Train with these ideas for that time. Returns (steps, tokens, bits per byte)."""
-    rows, T = (16, 128) if "batch" in ideas else (12, 64)
+    rows, T = (12, 64) if "batch" not in ideas else (32, 32) if seconds < 60 else (16, 128)
     torch.manual_seed(seed)
     dtype = "bfloat16" if "bfloat16" in ideas else "float32"
     run = argparse.Namespace(micro_batch=rows, dtype=dtype)
