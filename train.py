@@ -12,7 +12,6 @@ The loop is `train`; what it learns is measured in bits per byte of text that it
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -164,7 +163,8 @@ def add_frame(out, model, data, step):
     model.train()
     if processes()[0] == 0:
         with open(out / "samples.txt", "a", encoding="utf-8") as file:
-            file.write(f"{step:8,}  {json.dumps(text, ensure_ascii=False)}\n")
+            line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+            file.write(f"{step:8,}  {line}\n")
 
 
 def finite(value, out):

@@ -251,7 +251,7 @@ def test_samples_show_one_prompt_at_every_evaluation(reference):
     out, printed = reference
     lines = (out / "samples.txt").read_text(encoding="utf-8").splitlines()
     assert [line.split()[0] for line in lines] == ["0", "8", "16", "24"]
-    assert len({line.split('"', 1)[1][:8] for line in lines}) == 1 and len(set(lines)) == 4
+    assert len({line[10:18] for line in lines}) == 1 and len({line[10:] for line in lines}) == 4
     assert all(line in printed for line in lines)
 
 
