@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import state_dict as distributed
 import machine
 from machine import processes
 from model import load_safetensors
-from sample import OUT
+from sample import OUT, stream
 
 STATE, RECORDS = "train_state.pt", ("log.csv", "samples.txt")
 WHOLE = distributed.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered from all processes
@@ -32,7 +32,7 @@ WHOLE = distributed.StateDictOptions(full_state_dict=True, cpu_offload=True)  # 
 # --- writing ---
 
 
-def save_checkpoint(out, model, optimizers, tokenizer, state):
+def save(out, model, optimizers, tokenizer, state):
     """Write the checkpoint of state["step"], then put its model into `out`. All processes must call it.
 
     state: whatever else the run wants to find again; "step" and "best_step" are needed.
@@ -48,8 +48,10 @@ def save_checkpoint(out, model, optimizers, tokenizer, state):
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     try:
         model.save(unfinished, tokenizer, weights)
-        with open(unfinished / STATE, "wb") as file:
-            torch.save(state | {"optimizers": moments}, file)
+        try:
+            torch.save(state | {"optimizers": moments}, unfinished / STATE)
+        except RuntimeError as error:  # what PyTorch makes of a full disk
+            raise OSError(f"{unfinished / STATE} cannot be written: {error!s:.80}") from None
         for name in RECORDS:
             shutil.copy(out / name, unfinished)
         for path in (*unfinished.iterdir(), unfinished):
@@ -92,7 +94,7 @@ def all_checkpoints(out):
 
 
 def read_state(folder):
-    """What save_checkpoint was given as `state`, and "optimizers". ValueError: the file is damaged."""
+    """What save was given as `state`, and "optimizers". ValueError: the file is damaged."""
     try:
         return torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except (EOFError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
@@ -137,19 +139,19 @@ def restore(out, model, optimizers, state):
 def make_room(out):
     """Make an empty folder; a run that is there is renamed to the first free NAME.1, NAME.2 ..., aloud."""
     if out.exists() and any(out.iterdir()):
-        checkpoints = all_checkpoints(out)
         if not any((out / name).exists() for name in ("config.json", "log.csv")):
             raise ValueError(f"{out} exists and holds no model: choose another --out")
+        states = [read_state(folder) for folder in all_checkpoints(out)[-1:]]
         k = 1
         while (aside := out.with_name(f"{out.name}.{k}")).exists():
             k += 1
         out.rename(aside)
         here, there = os.path.relpath(out), os.path.relpath(aside)
         print(f"{here} existed and is now {there}")
-        state = read_state(all_checkpoints(aside)[-1]) if checkpoints else None
-        if state and state["step"] < state["run"]["steps"]:
-            how = f"python train.py --resume --out {there}"
-            print(f"it stopped after step {state['step']:,}; to go on with it: {how}")
+        for state in states:
+            if state["step"] < state["run"]["steps"]:
+                how = f"python train.py --resume --out {there}"
+                print(f"it stopped after step {state['step']:,}; to go on with it: {how}")
     out.mkdir(parents=True, exist_ok=True)
 
 
@@ -173,6 +175,18 @@ def catch_signals():
 
 
 # --- records ---
+
+
+def add_frame(out, model, data, step):
+    """Add a line to samples.txt: the same prompt and the same dice each time, another model."""
+    prompt = data.tokenizer.decode(data.val.read(0, min(8, len(data.val))).tolist())
+    with torch.compiler.set_stance("force_eager"):  # the cache's shapes change with every token
+        text = prompt + "".join(stream(model.eval(), data.tokenizer, prompt, max_new_tokens=30, top_p=1))
+    model.train()
+    if processes()[0] == 0:
+        with open(out / "samples.txt", "a", encoding="utf-8") as file:
+            line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+            file.write(f"{step:8,}  {line}\n")
 
 
 class Log:

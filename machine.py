@@ -4,10 +4,11 @@ All choices follow from the machine and from what was asked for, never from a me
 equal ones. `gemm_rate` measures, but only to say how much of the machine a run uses.
 """
 
+import gc
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,9 +37,11 @@ def default_threads():
 
 
 def default_compile(device, long):
-    """Whether torch.compile pays, and the reason. long: the run takes minutes even on a CPU."""
-    if device == "mps" or (device == "cpu" and not long):
-        return False, "it takes half a minute, too much for a short run"
+    """Whether torch.compile pays, and the reason. long: the run takes a quarter of an hour or more."""
+    if device == "mps":
+        return False, "not tried on this kind of device"
+    if device == "cpu" and not long:
+        return False, "it takes half a minute, which pays in runs of 15 minutes and more"
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
     except Exception as error:  # of any kind: a compiler is missing, or too old, or cannot write
@@ -95,13 +98,13 @@ def training_memory(shape, run):
     behind each norm, q, k, v and the result of attention; then the inputs of all matrices.
     """
     C, Q, KV = shape.n_embd, shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim
-    size = 2 if run.dtype == "bfloat16" else 4
-    block = 16 * C + 8 * (Q + KV) + size * (2 * C + Q + 4 * shape.n_hidden)
+    width = 2 if run.dtype == "bfloat16" else 4  # bytes of a number that goes into a matrix product
+    block = 16 * C + 8 * (Q + KV) + width * (2 * C + Q + 4 * shape.n_hidden)
     n, matrices = shape.num_params(), shape.n_layer * (2 * C * (Q + KV) + 3 * C * shape.n_hidden)
     activations = shape.n_layer * run.micro_batch * run.block_size * block
     sizes = dict(weights=4 * n, gradients=4 * n, moments=8 * n - 4 * matrices)  # Muon keeps one, AdamW two
-    shared = {name: size // processes()[1] for name, size in sizes.items()}
-    return shared | dict(activations=activations)
+    sharded = {name: size // processes()[1] for name, size in sizes.items()}
+    return sharded | dict(activations=activations)
 
 
 def fit_micro_batch(shape, run, device):
@@ -111,21 +114,38 @@ def fit_micro_batch(shape, run, device):
         needed = sum(training_memory(shape, replace(run, micro_batch=k)).values())
         if needed < 0.8 * memory_of(device):
             break
-    return k
+    return int(over_processes(k, dist.ReduceOp.MIN))  # all processes must take turns alike
 
 
-def memory_advice(shape, run):
-    """What to say when memory ran out: which settings to change, and what they would need."""
+@contextmanager
+def explain_memory(shape, run):
+    """When memory runs out inside, a ValueError says which settings to change and what they would need."""
 
     def needs(run):
         return f"about {sum(training_memory(shape, run).values()) / 1e9:.1f} GB"
 
-    blocks, length = max(1, run.micro_batch // 2), run.block_size // 2
-    fewer, shorter = replace(run, micro_batch=blocks), replace(run, block_size=length)
-    options = (
-        f"--batch-size {blocks * processes()[1]} needs {needs(fewer)}, --block-size {length} {needs(shorter)}"
-    )
-    return f"out of memory: this run was thought to need {needs(run)}; {options}, a smaller --preset less"
+    try:
+        yield
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        fewer, shorter = (
+            replace(run, micro_batch=run.micro_batch // 2),
+            replace(run, block_size=run.block_size // 2),
+        )
+        options = [f"--block-size {shorter.block_size} needs {needs(shorter)}", "a smaller --preset less"]
+        if fewer.micro_batch:
+            options.insert(0, f"--batch-size {fewer.micro_batch * processes()[1]} needs {needs(fewer)}")
+        why = f"out of memory: this run was thought to need {needs(run)}"
+        raise ValueError(f"{why}; {', '.join(options)}") from None
+
+
+def forget(device):
+    """Free what is no longer used, so that the peak of memory is that of what comes."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 # --- several processes, which torchrun starts ---
@@ -135,6 +155,8 @@ def join_processes(device):
     """Under torchrun, join the other processes, each on a GPU of its own. Only the first one speaks."""
     if "RANK" in os.environ:
         if device == "cuda":
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                raise ValueError(f"more processes than the {torch.cuda.device_count()} GPUs of this machine")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
         if dist.get_rank():
@@ -146,10 +168,10 @@ def processes():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def over_processes(value):
-    """The sum of a number over all processes, on the host: it does not wait for the device."""
+def over_processes(value, operation=dist.ReduceOp.SUM):
+    """The sum (or so) of a number over all processes, on the host: it does not wait for the device."""
     if processes()[1] == 1:
         return value
-    total = torch.tensor(float(value), dtype=torch.float64)
-    dist.all_reduce(total)
-    return total.item()
+    result = torch.tensor(float(value), dtype=torch.float64)
+    dist.all_reduce(result, operation)
+    return result.item()

@@ -14,24 +14,26 @@ The loop is `train`; what it learns is measured in bits per byte of text that it
 import argparse
 import math
 import os
+import re
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+import checkpoint
 import machine
-from checkpoint import Log, catch_signals, find_run, make_room, refuse_changes, restore, save_checkpoint
 from data.loader import IGNORED, Blocks, find_data, load_data, validation_batches
 from machine import over_processes, processes
 from model import PRESETS, Config, Transformer
 from optimizer import learning_rate, make_optimizers
-from sample import OUT, choose_device, stream
+from sample import OUT, choose_device
 
 N_EVALS = 10  # in a run
 EVAL_TOKENS = 2**14  # in each but the last, which takes all that is held out
@@ -55,6 +57,7 @@ class Run:
     dtype: str
     eval_every: int  # in steps, as save_every and log_every
     save_every: int
+    device: str
     processes: int
     threads: int
     compile: bool
@@ -75,19 +78,14 @@ def training_step(model, optimizers, ids, targets, share, run):
     n_tokens = over_processes(int((targets != IGNORED).sum()))
     weight = world / max(1, n_tokens)  # of one token; FSDP takes the mean over processes
     pieces = list(zip(ids.split(run.micro_batch), targets.split(run.micro_batch)))
-    try:
-        for i, (x, y) in enumerate(pieces, 1):
-            if world > 1:
-                model.set_requires_gradient_sync(i == len(pieces))
-            with machine.precision(device.type, run.dtype):
-                x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-                loss = model.loss(x, y, reduction="sum") * weight
-            loss.backward()
-            loss_sum += loss.detach()
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-            raise
-        raise ValueError(machine.memory_advice(model.config, run)) from None
+    for i, (x, y) in enumerate(pieces, 1):
+        if world > 1:
+            model.set_requires_gradient_sync(i == len(pieces))
+        with machine.precision(device.type, run.dtype):
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            loss = model.loss(x, y, reduction="sum") * weight
+        loss.backward()
+        loss_sum += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -113,18 +111,23 @@ def bits_per_byte(model, tokens, bytes_per_token, n_blocks=None):
 # --- the run ---
 
 
+def shape_of(run, vocab_size):
+    """The Config of the model that a run trains."""
+    return Config(vocab_size, run.block_size, **PRESETS[run.preset])
+
+
 def build(run, vocab_size, device):
     """A fresh model and its optimizers, the same for the same run."""
     torch.manual_seed(run.seed)
-    config = Config(vocab_size, run.block_size, dropout=run.dropout, **PRESETS[run.preset])
-    model = Transformer(config).to(device)
+    model = Transformer(replace(shape_of(run, vocab_size), dropout=run.dropout)).to(device)
     if processes()[1] > 1:  # each process keeps a share of every weight and sees whole ones a block at a time
+        mesh = init_device_mesh(device, (processes()[1],))
         for part in (*model.model.layers, model):
             if run.compile and part is not model:
                 part.compile()
-            fully_shard(part)
-            part.unshard()  # so that the buffers for this exist: made by a first call of generate, in
-            part.reshard()  # inference_mode, they would be of no use to the backward pass
+            fully_shard(part, mesh=mesh)
+            part.unshard()  # Makes the buffers for whole weights. Were sampling, in inference_mode, the first
+            part.reshard()  # to make them, the backward pass could not use them.
         for name in ("loss", "hidden", "head"):
             register_fsdp_forward_method(model, name)
     elif run.compile:
@@ -142,6 +145,8 @@ def measure_step(run, vocab_size, blocks, device, limit=0):
         loss, _ = training_step(model, optimizers, *batch, 0.1, run)
         loss.item()  # waits for the device
         seconds.append(over_processes(time.perf_counter() - start) / world)
+    del model, optimizers, loss
+    machine.forget(device)
     return statistics.median(seconds[3:])
 
 
@@ -156,27 +161,18 @@ def evaluate(model, data, run, state):
         return bpb if step < run.steps else bits_per_byte(model, data.val, data.tokenizer.bytes_per_token)
 
 
-def add_frame(out, model, data, step):
-    """Add a line to samples.txt: the same prompt and the same dice each time, another model."""
-    prompt = data.tokenizer.decode(data.val.read(0, min(8, len(data.val))).tolist())
-    text = prompt + "".join(stream(model.eval(), data.tokenizer, prompt, max_new_tokens=30))
-    model.train()
-    if processes()[0] == 0:
-        with open(out / "samples.txt", "a", encoding="utf-8") as file:
-            line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-            file.write(f"{step:8,}  {line}\n")
-
-
 def finite(value, out):
     """The value; ValueError: it is not finite."""
     if not math.isfinite(value):
-        raise ValueError(f"the loss diverged: try a lower --lr. What was saved before, in {out}, is good")
+        best = out / "checkpoints" / "best"
+        found = f"the best model so far is in {best}" if best.exists() else "nothing was learned yet"
+        raise ValueError(f"the loss diverged: try a lower --lr; {found}")
     return value
 
 
 def identity(run, data):
     """What a run must find unchanged when it goes on."""
-    shape = asdict(Config(data.tokenizer.vocab_size, run.block_size, **PRESETS[run.preset]))
+    shape = asdict(shape_of(run, data.tokenizer.vocab_size))
     return {"text": data.fingerprint, "tokenizer": data.tokenizer.fingerprint, "shape": shape}
 
 
@@ -189,26 +185,28 @@ def train(run, data, out, device, state, stop_asked=lambda: False):
     model, optimizers = build(run, tokenizer.vocab_size, device)
     resumed = "optimizers" in state
     if resumed:
-        restore(out, model, optimizers, state)
+        checkpoint.restore(out, model, optimizers, state)
     per_step, flops = run.batch_size * run.block_size, 3 * model.config.flops_per_token(run.block_size)
-    log = Log(out, run.steps, per_step, machine.gemm_rate(device, run.dtype) * world / flops, device)
+    log = checkpoint.Log(
+        out, run.steps, per_step, machine.gemm_rate(device, run.dtype) * world / flops, device
+    )
     start, loss_sum, norm = time.perf_counter() - state["seconds"], state["loss_sum"], 0.0
 
     def save():
         state["seconds"] = time.perf_counter() - start
         finite(float(norm), out)  # or the weights are of no use
         state["loss_sum"] = finite(over_processes(float(loss_sum)) / world, out)
-        save_checkpoint(out, model, optimizers, tokenizer, state)
+        checkpoint.save(out, model, optimizers, tokenizer, state)
 
     if not resumed:
-        add_frame(out, model, data, state["step"])
+        checkpoint.add_frame(out, model, data, state["step"])
         save()
     blocks, saved = Blocks(data.train, run.block_size, run.seed), time.perf_counter()
     batches = blocks.batches(state["step"] * run.batch_size, run.batch_size, rank, world, device == "cuda")
     log.start_lap(state["step"])
     for step in range(state["step"] + 1, run.steps + 1):
         if run.dropout:  # its dice follow from the step, so that there is no generator to keep
-            torch.manual_seed(run.seed + 2**32 * (step * world + rank))
+            torch.manual_seed(((run.seed * 1_000_003 + step) * 8191 + rank) % 2**32)
         share = learning_rate(step - 1, run)
         loss, norm = training_step(model, optimizers, *next(batches), share, run)
         state["step"], loss_sum = step, loss_sum + loss  # on the device: the host does not wait for it
@@ -218,7 +216,7 @@ def train(run, data, out, device, state, stop_asked=lambda: False):
             norm, speed, bpb = finite(float(norm), out), log.lap_speed(step), None
             if evaluating:
                 bpb = finite(evaluate(model, data, run, state), out)
-                add_frame(out, model, data, step)
+                checkpoint.add_frame(out, model, data, step)
             log.write(step, time.perf_counter() - start, mean_loss, bpb, share * run.lr, norm, speed)
             loss_sum, state["logged"] = 0.0, step
             log.start_lap(step)
@@ -257,6 +255,7 @@ def settings(args, device):
         dtype=dtype[0],
         eval_every=args.eval_every,
         save_every=args.save_every,
+        device=device,
         processes=processes()[1],
         threads=torch.get_num_threads(),
         compile=compiling[0],
@@ -264,7 +263,7 @@ def settings(args, device):
     )
     if run.batch_size % run.processes:
         raise ValueError(
-            f"--batch-size {run.batch_size} cannot be shared by {run.processes} processes evenly"
+            f"--batch-size {run.batch_size} cannot be shared evenly by {run.processes} processes"
         )
     return run, {"dtype": dtype[1], "compile": compiling[1]}
 
@@ -273,12 +272,9 @@ def plan(args, data, device):
     """Derive what the arguments leave open, and print it with the reasons. Returns the Run."""
     run, reasons = settings(args, device)
     blocks = Blocks(data.train, run.block_size, run.seed)
-    shape = Config(data.tokenizer.vocab_size, run.block_size, **PRESETS[run.preset])
-    n, per_step, gemm = (
-        shape.num_params(),
-        run.batch_size * run.block_size,
-        machine.gemm_rate(device, run.dtype),
-    )
+    shape = shape_of(run, data.tokenizer.vocab_size)
+    n, per_step = shape.num_params(), run.batch_size * run.block_size
+    gemm = machine.gemm_rate(device, run.dtype)
     say("model", f"{run.preset}: {n:,} parameters, {shape.n_layer} layers of {shape.n_embd}")
     times = f"{run.processes} processes, each on " if run.processes > 1 else ""
     say("device", f"{times}{device} with {run.threads} threads")
@@ -290,9 +286,10 @@ def plan(args, data, device):
     say("memory", f"about {sum(parts.values()) / 1e6:,.0f} MB: {listed}")
     flops = 3 * per_step * shape.flops_per_token(run.block_size)
     seconds = 0 if args.steps else 60 * (args.minutes or 3)
-    step = measure_step(run, shape.vocab_size, blocks, device, 0.03 * seconds)
-    share = flops / step / run.processes / gemm
-    say("a step", f"{1000 * step:,.0f} ms for {flops / 1e9:,.0f} GFLOPs: {share:.0%} of that rate (MFU)")
+    with machine.explain_memory(shape, run):
+        step_seconds = measure_step(run, shape.vocab_size, blocks, device, 0.03 * seconds)
+    mfu = flops / step_seconds / run.processes / gemm
+    say("a step", f"{1000 * step_seconds:,.0f} ms, {flops / 1e9:,.0f} GFLOPs: {mfu:.0%} of that rate (MFU)")
     if run.deterministic and device == "cuda":
         torch.use_deterministic_algorithms(False)
         free = measure_step(run, shape.vocab_size, blocks, device)
@@ -300,23 +297,21 @@ def plan(args, data, device):
         say("", f"without --deterministic {1000 * free:,.0f} ms")
     n_evals = N_EVALS
     if run.steps is None:
-        forward = step / 3 / per_step  # seconds for one token; evaluations go forward only
+        forward = step_seconds / 3 / per_step  # seconds for one token; evaluations go forward only
         n_evals = max(1, min(N_EVALS, seconds // 10))
         if run.eval_every:
-            n_evals = seconds / step / run.eval_every
+            n_evals = seconds / step_seconds / run.eval_every
         evaluations = forward * ((n_evals + 1) * EVAL_TOKENS + len(data.val))
-        run.steps = max(1, int((seconds - min(evaluations, seconds / 2)) / step))
+        run.steps = max(1, int((seconds - min(evaluations, seconds / 2)) / step_seconds))
     tokens, limit = run.steps * per_step, f" in {args.minutes or 3:g} minutes" if seconds else ""
     epochs = tokens / len(data.train)
-    say("steps", f"{run.steps:,}{limit}, {step * run.steps:,.0f} s and {flops * run.steps / 1e15:.3g} PFLOPs")
+    needed = f"{step_seconds * run.steps:,.0f} s and {flops * run.steps / 1e15:.3g} PFLOPs"
+    say("steps", f"{run.steps:,}{limit}, {needed}")
     at_once = "" if run.micro_batch * run.processes == run.batch_size else f", {run.micro_batch} at a time"
     say("batch", f"{run.batch_size} blocks of {run.block_size} tokens{at_once}")
     say("text", f"{tokens:,} tokens, {tokens / n:.1f} for each parameter, {epochs:.1f} epochs")
     if epochs > 4 and len(data.train) < n:
-        say(
-            "",
-            "fewer tokens than parameters, seen again and again: more text or a smaller --preset is better",
-        )
+        say("", "fewer tokens than parameters, seen again and again: take more text or a smaller --preset")
     if args.dropout is None and epochs > 10:
         run.dropout = 0.1
         say("dropout", "0.1, since text that is seen more often than ten times is learned by heart")
@@ -363,53 +358,60 @@ def parse_arguments():
     for name, limit in (("seed", 2**32), ("dropout", 1)):
         if not 0 <= (getattr(args, name) or 0) < limit:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 0 and below {limit}")
+    if args.device not in (None, "cpu", "cuda", "mps"):
+        raise ValueError(f"--device {args.device} must be cpu, cuda or mps")
     if args.minutes and args.steps:
         raise ValueError("--minutes and --steps exclude each other")
     kept = {"resume", "out", "data", "device"}
-    for name in (name for name, value in vars(args).items() if value is not None and value is not False):
-        if args.resume and name not in kept:
+    for name, value in vars(args).items():
+        if args.resume and name not in kept and value != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')}: a resumed run keeps its settings, leave it out")
     return args
 
 
 def main():
     args = parse_arguments()
+    sys.stdout.reconfigure(errors="replace")  # no sample should end a run on a terminal of few characters
     out = Path(args.out).resolve() if args.out else None
     state = None
     if args.resume:
-        out, state = find_run(out, "pretraining")
-        args.deterministic = state["run"]["deterministic"]
+        out, state = checkpoint.find_run(out, "pretraining")
+        args.deterministic, began_on = state["run"]["deterministic"], state["run"]["device"]
+        args.device = args.device or began_on
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
-    device = choose_device(args.device)
-    machine.join_processes(device)
-    rank, world = processes()
+    machine.join_processes(args.device or choose_device())
+    device, (rank, world) = choose_device(args.device), processes()
     name = args.data or (state["data"] if state else "pystdlib")
     if rank == 0:
         find_data(name)  # which may prepare it
     over_processes(0)  # the others wait for that
     data = load_data(find_data(name))
     say("data", f"{name}: {len(data.train):,} tokens for training, {len(data.val):,} held out")
-    same_machine = state and state["run"]["processes"] == world
+    same_machine = state and (began_on, state["run"]["processes"]) == (device, world)
     threads = state["run"]["threads"] if same_machine else machine.default_threads()
     with machine.set_up(device, threads, args.deterministic):
         if state:
             run = Run(**state["run"])
-            refuse_changes(state, identity(run, data))
+            checkpoint.refuse_changes(state, identity(run, data))
             if state["step"] == run.steps:
+                if rank == 0:
+                    checkpoint.settle(out, state)  # should it have been killed just before that
                 print(f"{os.path.relpath(out)} is finished: {run.steps:,} steps, nothing is left to do")
                 return
             say("resumed", f"{os.path.relpath(out)} after step {state['step']:,} of {run.steps:,}")
-            if run.processes != world:
-                say("", f"by {world} processes instead of {run.processes}: the same but for rounding")
+            if (run.device, run.processes) != (device, world):
+                began = f"{run.processes} x {run.device}, now {world} x {device}"
+                say("", f"it began on {began}: the same but for rounding and the dice of dropout")
         else:
             run = plan(args, data, device)
             out = out or OUT / name
             if rank == 0:
-                make_room(out)
+                checkpoint.make_room(out)
             state = identity(run, data) | dict(stage="pretraining", run=asdict(run), data=name)
             state |= dict(step=0, seconds=0.0, loss_sum=0.0, logged=0, best=math.inf, best_step=0)
-        with catch_signals() as stop_asked:
+        shape = shape_of(run, data.tokenizer.vocab_size)
+        with machine.explain_memory(shape, run), checkpoint.catch_signals() as stop_asked:
             step, bpb = train(run, data, out, device, state, stop_asked)
     if world > 1:
         dist.destroy_process_group()
@@ -432,7 +434,7 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "onnection" not in str(error):
+        if not isinstance(error, dist.DistError) and not re.search("onnection|imed out", str(error)):
             raise
         reason = f"{str(error).splitlines()[0]:.100}"
         print(f"error: the processes lost each other, so this one ends, too: {reason}", file=sys.stderr)

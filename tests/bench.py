@@ -702,8 +702,7 @@ def bench_gpu(args):
                 continue
             mfu = speed * 3 * config.flops_per_token(T) / gemm
             print(f"{kind:24}{speed:12,.0f} {mfu:6.1%} {memory / 1e9:6.1f}", flush=True)
-            if device == "cuda":
-                torch.cuda.empty_cache()
+            machine.forget(device)
     print("\ndecoding one stream in bfloat16: tokens/s", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         Transformer(config).to(torch.bfloat16).save(Path(folder))
@@ -719,7 +718,7 @@ def bench_resume(args):
     draw, same = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as work:
         settings = ["--steps=60", "--batch-size=4", "--eval-every=12", "--save-every=2", "--dropout=0.1"]
-        program = [sys.executable, ROOT / "train.py", *settings, "--data", args.data, "--out"]
+        program = [sys.executable, ROOT / "train.py", *settings, "--device=cpu", "--data", args.data, "--out"]
 
         def ending(out):
             log = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
@@ -734,25 +733,30 @@ def bench_resume(args):
             alike = one[2].keys() == other[2].keys()
             return one[:2] == other[:2] and alike and all(torch.equal(one[2][k], other[2][k]) for k in one[2])
 
-        start = time.time()
-        subprocess.run([*program, Path(work) / "reference"], check=True, stdout=subprocess.DEVNULL)
-        whole = time.time() - start
-        reference = ending(Path(work) / "reference")
-        for i in range(args.kills):
-            out = Path(work) / str(i)
+        def begin(out):
+            """Start a run, wait for its first checkpoint."""
             process = subprocess.Popen([*program, out], stdout=subprocess.DEVNULL)
-            wait = draw.uniform(0, whole)
+            while not (out / "checkpoints/step_000000").exists():
+                time.sleep(0.005)
+            return process, time.time()
+
+        process, start = begin(Path(work) / "reference")
+        process.wait()
+        whole, reference = time.time() - start, ending(Path(work) / "reference")
+        for i in range(args.kills):
+            out, wait = Path(work) / str(i), draw.uniform(0, 0.8 * whole)  # the end is that of the process
+            process, _ = begin(out)
             time.sleep(wait)
             process.kill()
             process.wait()
             found = sorted(path.name for path in out.glob("checkpoints/*"))
             again = [sys.executable, ROOT / "train.py", "--resume", "--out", out]
-            begun = any(name.startswith("step") for name in found)
-            subprocess.run(again if begun else [*program, out], check=True, stdout=subprocess.DEVNULL)
+            resumed = subprocess.run(again, check=True, capture_output=True, text=True).stdout
             alike = equal(ending(out), reference)
             same += alike
-            print(f"{i + 1:3}: killed after {wait:4.1f} s of {whole:.1f} s,", end=" ")
-            print(f"found {', '.join(found) or 'nothing'}: {'equal' if alike else 'DIFFERENT'}", flush=True)
+            print(f"{i + 1:3}: killed {wait:4.1f} s after the first checkpoint,", end=" ")
+            end = "" if "resumed" in resumed else ", it was at its end"
+            print(f"found {', '.join(found)}{end}: {'equal' if alike else 'DIFFERENT'}", flush=True)
             shutil.rmtree(out)
     print(f"{same} of {args.kills} killed runs ended with equal weights, optimizers, samples and log")
 

@@ -51,4 +51,4 @@ def make_run(**changes):
         preset="nano", seed=0, steps=10, block_size=32, batch_size=4, micro_batch=4, lr=0.03, dropout=0.0
     )
     run |= dict(dtype="float32", eval_every=5, save_every=5, processes=1, threads=torch.get_num_threads())
-    return Run(**run | dict(compile=False, deterministic=False) | changes)
+    return Run(**run | dict(device="cpu", compile=False, deterministic=False) | changes)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, WORDS, make_run
 
+import checkpoint
 import machine
 import train as stage
 from data import loader, prepare
@@ -80,21 +81,39 @@ def test_micro_batches_are_one_big_batch_averaged_per_token(model):
             torch.testing.assert_close(parts[2][name], whole[name], atol=1e-6, rtol=1e-5)
 
 
-def test_compiling_leaves_the_names_of_the_weights_alone():
-    model, _ = stage.build(make_run(compile=True), 320, "cpu")
-    assert model.loss != Transformer.loss.__get__(model)
-    assert all(name.startswith("model.") and "_orig_mod" not in name for name in model.state_dict())
+def test_a_compiled_run_learns_the_same_and_saves_the_plain_names(prepared, tmp_path):
+    losses = {}
+    for option in ("--compile", "--no-compile"):
+        out = tmp_path / option[2:]
+        options = ("--steps", 4, "--batch-size", 2, "--block-size", 32, "--dtype", "float32", option)
+        run_here("--data", prepared, *options, "--out", out)
+        losses[option] = [float(row["train_loss"]) for row in read_log(out)]
+    assert losses["--compile"] == pytest.approx(losses["--no-compile"], abs=0.01)
+    assert Transformer.load(tmp_path / "compile")
 
 
-def test_running_out_of_memory_says_what_to_change(model, tiny_config):
-    def loss(*arguments, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    model.loss = loss  # what only a GPU, or a process with a limit, would do
-    ids = torch.zeros(8, 32, dtype=torch.long)
+def test_running_out_of_memory_says_what_to_change(tiny_config):
     run = make_run(batch_size=8, micro_batch=8)
-    with pytest.raises(ValueError, match="--batch-size 4 needs about .* GB, --block-size 16 about"):
-        stage.training_step(model, [], ids, ids, 1.0, run)
+    with (
+        pytest.raises(ValueError, match="--batch-size 4 needs about .* GB, --block-size 16 needs about"),
+        machine.explain_memory(tiny_config, run),
+    ):
+        torch.empty(2**60)
+    with pytest.raises(RuntimeError, match="anything else"), machine.explain_memory(tiny_config, run):
+        raise RuntimeError("anything else")
+
+
+def test_dropout_draws_other_masks_at_every_step_and_in_every_process(prepared, tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(
+        torch, "manual_seed", lambda seed, draw=torch.manual_seed: (seeds.append(seed), draw(seed))
+    )
+    run_here("--data", prepared, "--steps", 4, "--batch-size", 2, "--dropout", 0.5, "--out", tmp_path / "out")
+    masks = []
+    for seed in seeds[-4:]:
+        torch.manual_seed(seed)
+        masks.append(torch.rand(8).tolist())
+    assert len({tuple(mask) for mask in masks}) == 4
 
 
 def test_micro_batches_are_chosen_to_fit():
@@ -175,19 +194,20 @@ def wait_for(path, process):
     while not path.exists():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.001)
 
 
 def run_here(*arguments):
     """The script within this process, which is quicker. Returns what it prints."""
-    output, before = io.StringIO(), sys.argv
+    output, before = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), sys.argv
     sys.argv = [str(part) for part in command(*arguments)[1:]]
     try:
         with redirect_stdout(output):
             stage.main()
     finally:
         sys.argv = before
-    return output.getvalue()
+    output.flush()
+    return output.buffer.getvalue().decode()
 
 
 def read_log(out):
@@ -233,7 +253,7 @@ def test_a_run_learns_logs_and_leaves_a_model_that_opens(prepared, tmp_path):
     with open(tmp_path / "out/log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[-1]["step"] == "60" and rows[-1]["tokens"] == str(60 * 8 * 128)
-    assert float(rows[0]["train_loss"]) == pytest.approx(math.log(320), rel=0.1)
+    assert float(rows[0]["train_loss"]) == pytest.approx(math.log(320), rel=0.3)  # not twice
     assert float(rows[-1]["train_loss"]) < 2
     assert 0 < float(rows[-1]["mfu"]) < 1 and float(rows[-1]["memory_mb"]) > 50
     assert [name for name in rows[0] if "bpb" in name] == ["val_bpb"]
@@ -322,11 +342,12 @@ def test_a_killed_deterministic_run_on_a_gpu_goes_on_to_the_same_bits(prepared, 
     assert_same_run(tmp_path / "out", tmp_path / "reference")
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_leaves_no_trace(prepared, reference, tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_says_how_to_go_on_and_leaves_no_trace(prepared, reference, tmp_path, stop):
     out = tmp_path / "out"
     process = start("--data", prepared, *SHORT, "--out", out)
     wait_for(out / "checkpoints/step_000003", process)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, stop)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and errors == ""
     assert "to go on: python train.py --resume --out" in printed
@@ -335,6 +356,26 @@ def test_ctrl_c_saves_says_how_to_go_on_and_leaves_no_trace(prepared, reference,
     run_here("--resume", "--out", moved)
     assert_same_run(moved, reference[0])
     assert "is finished: 24 steps" in run_here("--resume", "--out", moved)
+
+
+def test_a_run_killed_after_its_last_checkpoint_puts_that_into_place(reference, tmp_path):
+    out = tmp_path / "out"
+    prepare.shutil.copytree(reference[0], out)
+    good = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").write_bytes((out / "checkpoints/step_000021/model.safetensors").read_bytes())
+    assert "is finished" in run_here("--resume", "--out", out)
+    assert (out / "model.safetensors").read_bytes() == good
+
+
+def test_without_a_name_the_newest_unfinished_run_is_found(reference, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "OUT", tmp_path)
+    for i, name in enumerate(("old", "new")):
+        prepare.shutil.copytree(reference[0], tmp_path / name)
+        os.utime(tmp_path / name, (i, i))
+    (tmp_path / "newest-but-empty").mkdir()
+    assert checkpoint.find_run(None, "pretraining")[0] == tmp_path / "new"
+    with pytest.raises(ValueError, match="no checkpoints of finetuning"):
+        checkpoint.find_run(None, "finetuning")
 
 
 def test_a_new_run_says_how_to_go_on_with_an_unfinished_one(prepared, tmp_path):
@@ -390,17 +431,19 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint_good(prepar
     assert not list((tmp_path / "out/checkpoints").iterdir())
     process = start(*arguments[:3], 10000, *arguments[4:])
     wait_for(tmp_path / "out/checkpoints/step_000002", process)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**20, 2**20))
+    sizes = [path.stat().st_size for path in (tmp_path / "out/checkpoints/step_000002").iterdir()]
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (max(sizes) - 1, max(sizes) - 1))  # train_state.pt
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2 and errors.startswith("error: ") and errors.count("\n") == 1
+    assert process.returncode == 2 and "train_state.pt cannot be written" in errors
+    assert errors.startswith("error: ") and errors.count("\n") == 1
     good = sorted((tmp_path / "out/checkpoints").glob("step_*"))[-1]
     assert Transformer.load(good) and Transformer.load(tmp_path / "out")
     assert "optimizers" in torch.load(good / "train_state.pt", weights_only=True)
 
 
 def test_a_diverged_run_keeps_the_last_good_model(prepared, tmp_path):
-    arguments = ["--data", prepared, "--steps", 3, "--eval-every", 1, "--lr", 1e30, "--out", tmp_path / "out"]
-    with pytest.raises(ValueError, match="the loss diverged: try a lower --lr"):
+    arguments = ["--data", prepared, "--steps", 9, "--eval-every", 1, "--lr", 1e30, "--out", tmp_path / "out"]
+    with pytest.raises(ValueError, match="the loss diverged: try a lower --lr; "):
         run_here(*arguments)
     assert all(p.isfinite().all() for p in Transformer.load(tmp_path / "out").parameters())
 
@@ -421,7 +464,8 @@ def test_a_folder_that_holds_no_model_is_never_moved(prepared, tmp_path):
         (["--minutes", "0"], "--minutes 0.0 must be above 0"),
         (["--steps", "-1"], "--steps -1 must be above 0"),
         (["--steps", "5", "--minutes", "5"], "--minutes and --steps exclude each other"),
-        (["--device", "tpu9"], "there is no device 'tpu9' here"),
+        (["--device", "tpu9"], "--device tpu9 must be cpu, cuda or mps"),
+        (["--device", "mps"], "there is no device 'mps' here"),
         (["--dropout", "1"], "--dropout 1.0 must be at least 0 and below 1"),
         (["--data", "test-train", "--steps", "1", "--block-size", "100000"], "too few for blocks of 100000"),
     ],
@@ -442,7 +486,7 @@ def test_a_mistake_ends_in_one_line_and_status_2(prepared):
 # --- several processes ---
 
 
-SHARED = ("--steps", 12, "--eval-every", 4, "--batch-size", 4, "--dtype", "float32")
+SHARED = ("--steps", 20, "--eval-every", 4, "--batch-size", 4, "--dtype", "float32", "--lr", 0.005)
 
 
 @pytest.fixture(scope="module")
@@ -462,6 +506,7 @@ def assert_close_logs(out, other):
         )
         assert float(row["train_loss"]) == pytest.approx(float(expected["train_loss"]), abs=0.02)
         assert float(row["val_bpb"] or 0) == pytest.approx(float(expected["val_bpb"] or 0), abs=0.02)
+        assert float(row["grad_norm"]) == pytest.approx(float(expected["grad_norm"]), rel=0.3)  # not twice
 
 
 def test_two_processes_learn_what_one_learns_and_one_can_go_on(prepared, alone, tmp_path):
@@ -470,19 +515,19 @@ def test_two_processes_learn_what_one_learns_and_one_can_go_on(prepared, alone, 
     process.send_signal(signal.SIGINT)  # torchrun passes it on
     assert "to go on: python train.py --resume" in process.communicate(timeout=60)[0]
     prepare.shutil.copytree(tmp_path / "out", tmp_path / "again")
-    assert "by 1 processes instead of 2" in run_here("--resume", "--out", tmp_path / "out")
+    assert "it began on 2 x cpu, now 1 x cpu" in run_here("--resume", "--out", tmp_path / "out")
     assert_close_logs(tmp_path / "out", alone)
     result = run_script("--resume", "--out", tmp_path / "again", processes=2)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("bits per byte of held-out text") == 1
     assert_close_logs(tmp_path / "again", alone)
-    assert len(list((tmp_path / "again/samples.txt").open())) == 4
+    assert len(list((tmp_path / "again/samples.txt").open())) == 6
 
 
 def test_two_processes_can_go_on_with_the_run_of_one(prepared, alone, tmp_path):
     out = tmp_path / "out"
     prepare.shutil.copytree(alone, out)
-    for path in (out / "checkpoints").glob("step_000012"):
+    for path in (out / "checkpoints").glob("step_000020"):
         prepare.shutil.rmtree(path)
     result = run_script("--resume", "--out", out, processes=2)
     assert result.returncode == 0, result.stderr
