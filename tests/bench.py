@@ -612,6 +612,7 @@ def training_speed(kind, preset, rows, T, vocab_size, device):
         preset=preset, seed=0, steps=1000, block_size=T, batch_size=rows, micro_batch=rows, lr=0.01
     )
     settings |= dict(dropout=0.0, dtype="bfloat16", eval_every=100, save_every=100, processes=1, threads=1)
+    settings |= dict(device=device)
     run = train.Run(**settings, compile=kind == "ours", deterministic=False)
     config = Config(vocab_size, T, **PRESETS[preset])
     if kind.startswith("ours"):
