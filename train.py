@@ -206,6 +206,7 @@ def train(run, data, out, device, state, stop_asked=lambda: False):
     log.start_lap(state["step"])
     for step in range(state["step"] + 1, run.steps + 1):
         if run.dropout:  # its dice follow from the step, so that there is no generator to keep
+            # (a CPU's generator would ignore all but 32 bits)
             torch.manual_seed(((run.seed * 1_000_003 + step) * 8191 + rank) % 2**32)
         share = learning_rate(step - 1, run)
         loss, norm = training_step(model, optimizers, *next(batches), share, run)
