@@ -142,7 +142,8 @@ class Attention(nn.Module):
         else:
             # a group's heads become further query positions: CUDA is slow with both `enable_gqa` and a mask
             q = q.reshape(B, k.size(1), -1, self.head_dim)  # (B, K, G*T, D)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, q.size(2) // T, 1))
+            mask = mask if T == 1 else mask.repeat(1, 1, q.size(2) // T, 1)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             y = y.view(B, -1, T, self.head_dim)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -188,22 +189,22 @@ class KVCache:
         shape = (config.n_layer, batch_size, config.n_kv_head, max_len, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.nbytes = self.k.nbytes + self.v.nbytes
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.long)
         self.span = 0  # the longest row; known to the host, so that nothing waits for the device
         self.max_len = max_len
 
     def reserve(self, T):
-        """Count T more tokens in `span`. ValueError: no room. To be called before each compiled step."""
+        """Count T more tokens; returns `span`. ValueError: no room. Call it before each recorded step."""
         if self.span + T > self.max_len:
             raise ValueError(f"the cache has room for {self.max_len} tokens, not for {self.span} + {T}")
         self.span += T
+        return self.span
 
     def begin(self, T):
         """Count T more tokens; returns their positions (B, 1, T) and which they see (None: causal)."""
-        if not torch.compiler.is_compiling():
-            self.reserve(T)
-        S = self.max_len if torch.compiler.is_compiling() else self.span  # one graph serves every position
+        # what torch.compile or a CUDA graph records once serves every position: it sees the whole cache
+        capturing = self.k.is_cuda and torch.cuda.is_current_stream_capturing()
+        S = self.max_len if torch.compiler.is_compiling() or capturing else self.reserve(T)
         positions = self.lengths[:, None, None] + torch.arange(T, device=self.lengths.device)
         self.lengths += T
         if S == T:  # nothing came before
@@ -230,7 +231,7 @@ class KVCache:
         """A cache with each row n times in a row, to continue one prompt in n ways."""
         other = copy.copy(self)
         other.k, other.v = self.k.repeat_interleave(n, dim=1), self.v.repeat_interleave(n, dim=1)
-        other.lengths, other.nbytes = self.lengths.repeat_interleave(n), self.nbytes * n
+        other.lengths = self.lengths.repeat_interleave(n)
         return other
 
 
@@ -279,7 +280,7 @@ class Transformer(nn.Module):
 
     def head(self, x):
         """x (..., C) -> logits (..., V)."""
-        return F.linear(x, (self.lm_head or self.model.embed_tokens).weight)
+        return self.lm_head(x) if self.lm_head else F.linear(x, self.model.embed_tokens.weight)
 
     def forward(self, ids, cache=None):
         """ids (B, T) -> logits (B, T, V): at each position the scores of the token that comes next."""
@@ -307,16 +308,15 @@ class Transformer(nn.Module):
             total = total + (carrier - carrier.detach())
         return total / {"mean": (targets != -100).sum().clamp(min=1), "sum": 1}[reduction]
 
-    def save(self, folder, tokenizer=None, weights=None):
-        """Write config.json, generation_config.json, model.safetensors (own weights or these), tokenizer."""
+    def save(self, folder, tokenizer=None, weights=None, chat=False):
+        """Write a model folder, of own weights or these. chat: taught to converse, <|im_end|> ends a text."""
         folder, c, weights = Path(folder), self.config, weights or self.state_dict()
         kind = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
-        dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
         settings = {"architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind}
-        settings |= {"hidden_act": "silu", "torch_dtype": dtype}
+        settings |= {"hidden_act": "silu", "torch_dtype": str(weights["model.norm.weight"].dtype)[6:]}
         settings |= {theirs: getattr(c, ours) for ours, theirs in JSON_NAMES.items()}
         specials = tokenizer.special_tokens if tokenizer else {}
-        ends = [specials[name] for name in ("<|endoftext|>", "<|im_end|>") if name in specials]
+        ends = [specials[name] for name in ("<|endoftext|>", "<|im_end|>")[: 1 + chat] if name in specials]
         generation = {"bos_token_id": ends[0], "pad_token_id": ends[0], "eos_token_id": ends} if ends else {}
         folder.mkdir(parents=True, exist_ok=True)
         save_safetensors(folder / "model.safetensors", weights)
@@ -437,7 +437,7 @@ def main():
         print(f"{part:14}{sum(p.numel() for name, p in model.named_parameters() if part in name):,}")
     print(f"{'parameters':14}{c.num_params():,}, {dtype.itemsize * c.num_params():,} bytes as {dtype}")
     print(f"{'FLOPs':14}{c.flops_per_token(c.block_size):,} per token of {c.block_size:,}")
-    print(f"{'cache':14}{KVCache(c, 1, 1, 'meta', dtype).nbytes:,} bytes per token")
+    print(f"{'cache':14}{2 * KVCache(c, 1, 1, 'meta', dtype).k.nbytes:,} bytes per token")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Learning is written out below; applying what was learned is left to tiktoken. Th
 """
 
 import argparse
-import codecs
 import gc
 import hashlib
 import json
@@ -362,13 +361,6 @@ class Tokenizer:
     def decode(self, ids):
         """Ids -> text; bytes that are no UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def decode_stream(self, ids):
-        """Yield the text of ids as they come, a piece for each and a last one, never half a character."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for i in ids:
-            yield decoder.decode(self.decode_bytes([i]))
-        yield decoder.decode(b"", final=True)
 
     def save(self, path):
         """Write the tokenizer.json."""

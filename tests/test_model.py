@@ -446,8 +446,8 @@ def test_rows_of_any_lengths_are_read_like_each_alone(data):
 def test_a_full_cache_says_so_and_its_size_is_the_formula(model):
     c = model.config
     cache = KVCache(c, 2, 8)
-    assert cache.nbytes == 2 * c.n_layer * c.n_kv_head * c.head_dim * 8 * 2 * 4
-    assert cache.repeat(3).nbytes == 3 * cache.nbytes
+    assert cache.k.nbytes == cache.v.nbytes == c.n_layer * c.n_kv_head * c.head_dim * 8 * 2 * 4
+    assert cache.repeat(3).k.nbytes == 3 * cache.k.nbytes
     model(ids_of(model, 2, 8), cache=cache)
     kept = cache.k.clone()
     with pytest.raises(ValueError, match="room for 8 tokens, not for 8 \\+ 1"):

@@ -231,18 +231,6 @@ def test_a_million_characters_that_the_pattern_leaves_out_are_encoded(n):
     assert tokenizer.encode("x" + "\0" * n) == [ord("x"), *[0] * n]
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.integers(0, 319), max_size=30))
-def test_a_decoded_stream_is_the_decoded_text_and_never_half_a_character(tokenizer, ids):
-    ids = [i % tokenizer.vocab_size for i in ids]
-    assert "".join(tokenizer.decode_stream(iter(ids))) == tokenizer.decode(ids)
-    text = "日本語 😀é"
-    pieces = list(tokenizer.decode_stream(tokenizer.encode(text)))
-    assert "".join(pieces) == text
-    assert not any("\ufffd" in piece for piece in pieces)
-    assert len(pieces) == len(tokenizer.encode(text)) + 1
-
-
 def test_special_tokens_decode_to_their_names(tokenizer):
     assert tokenizer.decode(tokenizer.special_tokens.values()) == "".join(SPECIAL_TOKENS)
 
