@@ -21,9 +21,10 @@ import torch
 from torch.distributed.checkpoint import state_dict as distributed
 
 import machine
+from decoding import generate
 from machine import processes
 from model import load_safetensors
-from sample import OUT, stream
+from sample import OUT, write
 
 STATE, RECORDS = "train_state.pt", ("log.csv", "samples.txt")
 WHOLE = distributed.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered from all processes
@@ -179,9 +180,11 @@ def catch_signals():
 
 def add_frame(out, model, data, step):
     """Add a line to samples.txt: the same prompt and the same dice each time, another model."""
-    prompt = data.tokenizer.decode(data.val.read(0, min(8, len(data.val))).tolist())
+    prompt = data.val.read(0, min(8, len(data.val))).tolist()
+    specials = data.tokenizer.special_tokens.values()
     with torch.compiler.set_stance("force_eager"):  # the cache's shapes change with every token
-        text = prompt + "".join(stream(model.eval(), data.tokenizer, prompt, max_new_tokens=30, top_p=1))
+        steps = generate(model.eval(), [prompt], 30, specials, top_p=1, mode="eager")
+        text = data.tokenizer.decode(prompt) + "".join(piece for (piece,) in write(data.tokenizer, steps))
     model.train()
     if processes()[0] == 0:
         with open(out / "samples.txt", "a", encoding="utf-8") as file:

@@ -17,6 +17,17 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
+def choose_device(name=None):
+    """The device of that name or, without one, the fastest of this machine. ValueError: it is not there."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from None
+    return name
+
+
 def default_dtype(device):
     """In which dtype matrices are multiplied fastest, and the reason. Weights and sums stay in float32."""
     native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,100 +1,259 @@
-"""Stage 4: a model at work. Feed in the newest token, draw the next one from the scores, and so on.
+"""Stage 4: a model at work. decoding.py draws token ids; here they become text.
 
-python sample.py                                   stream text from the newest model under out/
-python sample.py --model DIR --prompt "def " -n 4 --temperature 0.8 --top-p 0.9
+    ids -> bytes -> characters -> what can be shown by now
+
+as a stream, for a whole file of prompts, or in a conversation. Only text goes to stdout.
+
+    python sample.py                            stream text from the newest model under out/
+    python sample.py --model DIR --prompt "..." -n 4 --temperature 0.8 --top-p 0.9
+    python sample.py --chat
+    python sample.py --prompts FILE --output FILE.jsonl --batch-size 16
 """
 
 import argparse
-import math
+import codecs
+import json
 import os
 import sys
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from decoding import Sampling, generate, pack, speculate
+from machine import choose_device
 from model import KVCache, Transformer
 from tokenizer import Tokenizer
 
 OUT = Path(__file__).resolve().parent / "out"
+# where a text begins that has not been given: by the name of the data
+PROMPTS = {"pystdlib": "def ", "shakespeare": "ROMEO:\n", "tinystories": "Once upon a time"}
 
 
-def filter_top_p(logits, top_p):
-    """Keep the likeliest tokens that together reach probability top_p (Holtzman et al., 2020); others: -inf.
-
-    logits (B, V), already divided by the temperature.
-    """
-    values, order = logits.sort(dim=-1, descending=True)
-    probabilities = values.softmax(dim=-1)
-    above = probabilities.cumsum(dim=-1) - probabilities  # what the tokens before this one have in sum
-    return logits.scatter(-1, order, values.masked_fill(above >= top_p, float("-inf")))
+# --- from ids to text ---
 
 
-def choose(logits, temperature, top_p, generator):
-    """Draw one id per row of logits (B, V); temperature 0 takes the most likely one."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits.float()
-    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature  # no overflow, however cold
-    if top_p < 1:
-        logits = filter_top_p(logits, top_p)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+class Text:
+    """The text of one row as its ids come: never half a character, a stop string or the start of one."""
+
+    def __init__(self, tokenizer, stops):
+        self.tokenizer, self.stops, self.ended = tokenizer, stops, False
+        self.decoder, self.held = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""
+
+    def add(self, new):
+        """Take the next id, or None at the end; returns what can be shown by now."""
+        if self.ended:
+            return ""
+        self.ended = new is None
+        new_bytes = b"" if self.ended else self.tokenizer.decode_bytes([new])
+        text = self.held + self.decoder.decode(new_bytes, self.ended)
+        if found := [text.index(stop) for stop in self.stops if stop in text]:
+            text, self.ended = text[: min(found)], True
+        starts = (stop[:n] for stop in self.stops for n in range(1, len(stop)))
+        n_held = 0 if self.ended else max((len(start) for start in starts if text.endswith(start)), default=0)
+        shown, self.held = text[: len(text) - n_held], text[len(text) - n_held :]
+        return shown
 
 
-@torch.inference_mode()
-def generate(
-    model, prompts, max_new_tokens=64, temperature=0.8, top_p=0.9, stop_ids=(), seed=0, vocab_size=None
-):
-    """Continue prompts, lists of ids of any lengths but zero; yield at each step one new id per row.
-
-    A row that draws one of stop_ids has ended: it yields None from then on. Ids from vocab_size on are never
-    drawn. A row that outgrows the context goes on from its last half. Unusable settings raise ValueError.
-    """
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature {temperature} must be 0, which takes the likeliest token, or above")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top-p {top_p} is outside (0, 1]")
-    if not prompts or not all(prompts):
-        raise ValueError("a prompt needs at least one token")
-    device, dtype = model.model.norm.weight.device, model.model.norm.weight.dtype
-    generator = torch.Generator(device).manual_seed(seed)
-    context = model.config.block_size
-    rows = [list(prompt[-context:]) for prompt in prompts]
-    ended = [False] * len(rows)
-    cache = None
-    for _ in range(max_new_tokens):
-        if cache is None or cache.span == cache.max_len:
-            if cache is not None:
-                rows = [row[-max(1, context // 2) :] for row in rows]
-            lengths = [len(row) for row in rows]
-            longest = max(lengths)
-            ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-            room = min(max(context, longest), longest + max_new_tokens)
-            cache = KVCache(model.config, len(rows), room, device, dtype)
-            x = model.hidden(ids, cache)  # (B, longest, C)
-            cache.truncate(lengths)
-            x = x[torch.arange(len(rows)), [n - 1 for n in lengths]]  # at each row's last token
-        else:
-            x = model.hidden(torch.tensor([row[-1:] for row in rows], device=device), cache)[:, -1]
-        logits = model.head(x)  # (B, V)
-        drawn = choose(logits[:, :vocab_size], temperature, top_p, generator).tolist()
-        for row, new in zip(rows, drawn):
-            row.append(new)
-        ended = [end or new in stop_ids for end, new in zip(ended, drawn)]
-        if all(ended):
+def write(tokenizer, steps, stops=()):
+    """Turn what generate yields into text: a str per row at each step. Ends when every row has ended."""
+    texts = []
+    for step in steps:
+        texts = texts or [Text(tokenizer, stops) for _ in step]
+        yield [text.add(new) for text, new in zip(texts, step)]
+        if all(text.ended for text in texts):
             return
-        yield [None if end else new for end, new in zip(ended, drawn)]
+    if texts:
+        yield [text.add(None) for text in texts]
 
 
-def choose_device(name=None):
-    """The device of that name or, without one, the fastest of this machine. ValueError: it is not there."""
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from None
-    return name
+def to_prompt(tokenizer, text):
+    """The ids of a text and, before it, what the tokenizer's model expects there; never none."""
+    ids = tokenizer.encode(text)
+    processor = tokenizer.document.get("post_processor") or {}
+    for step in processor.get("processors", [processor]):  # Llama 3: <|begin_of_text|>
+        for part in step.get("single", [])[:1]:
+            if "SpecialToken" in part:
+                ids.insert(0, tokenizer.special_tokens[part["SpecialToken"]["id"]])
+    return ids or [tokenizer.special_tokens.get("<|endoftext|>", 0)]
+
+
+# --- conversations ---
+
+
+def render(tokenizer, messages, answer=False):
+    """A conversation in the ChatML layout -> (ids, mask); mask: True for what the assistant says.
+
+    messages: [{"role": ..., "content": ...}, ...]. answer: the ids end where the assistant's turn begins.
+    No text can become a special token. ValueError: the tokenizer has no ChatML tokens.
+    """
+    if missing := {"<|im_start|>", "<|im_end|>"} - tokenizer.special_tokens.keys():
+        raise ValueError(f"no {min(missing)} in the tokenizer: chat takes a model with the ChatML layout")
+    start, end = tokenizer.special_tokens["<|im_start|>"], tokenizer.special_tokens["<|im_end|>"]
+    ids, mask = [], []
+    for message in messages:
+        head = [start, *tokenizer.encode(message["role"] + "\n")]
+        said = [*tokenizer.encode(message["content"]), end]
+        gap = tokenizer.encode("\n")
+        ids += head + said + gap
+        mask += [False] * len(head) + [message["role"] == "assistant"] * len(said) + [False] * len(gap)
+    if answer:
+        ids += [start, *tokenizer.encode("assistant\n")]
+    return ids, mask + [False] * (len(ids) - len(mask))
+
+
+class Chat:
+    """A conversation whose KV cache is kept, so that of each turn only what is new is read."""
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+        self.turns, self.read = [], []  # the ids of each turn; the ids that the cache holds
+        weight = model.model.norm.weight
+        self.cache = KVCache(model.config, 1, model.config.block_size, weight.device, weight.dtype)
+
+    def answer(self, text, stops=(), **settings):
+        """Yield the answer to a text in pieces. Where the context is too short, says what it forgets."""
+        tokenizer, room = self.tokenizer, self.cache.max_len * 3 // 4  # the rest is for the answer
+        turns = self.turns + [render(tokenizer, [{"role": "user", "content": text}], answer=True)[0]]
+        forgotten = 0
+        while forgotten < len(turns) - 1 and sum(map(len, turns[forgotten:])) > room:
+            forgotten += 2  # a question and its answer
+        self.turns = turns[forgotten:]
+        ids = sum(self.turns, [])
+        if forgotten:
+            print(f"(to make room, the oldest {forgotten} turns are forgotten)", file=sys.stderr)
+        if len(ids) > room:
+            print(f"(this is too long: only its last {room} tokens are read)", file=sys.stderr)
+            ids = ids[-room:]
+        n = min(len(ids) - 1, len(self.read))
+        same = next((i for i in range(n) if ids[i] != self.read[i]), n)
+        self.cache.truncate([same])
+        said, self.read = [], ids[:same]
+
+        def note(steps):
+            for step in steps:
+                said.extend(step)
+                yield step
+
+        try:
+            steps = generate(self.model, [ids[same:]], cache=self.cache, **settings)
+            for (piece,) in write(tokenizer, note(steps), stops):
+                yield piece
+        finally:  # also when Ctrl-C cut the answer short
+            self.turns.append([*said, tokenizer.special_tokens["<|im_end|>"], *tokenizer.encode("\n")])
+            self.read = (ids + said)[: self.cache.span]
+
+
+def converse(model, tokenizer, ends, **settings):
+    """Answer what is typed, line by line, until /quit or the end of the input; /reset forgets everything."""
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  gives input() its line editing and history
+    if tokenizer.special_tokens.get("<|im_end|>") not in ends:
+        print("this model was not taught to chat: it will go on with the text, not answer", file=sys.stderr)
+    print("/reset starts anew, /quit ends; Ctrl-C cuts an answer short", file=sys.stderr)
+    chat = Chat(model, tokenizer)
+    stop_ids = ends | {tokenizer.special_tokens["<|im_end|>"]}
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if text.strip() == "/quit":
+            return
+        if text.strip() == "/reset":
+            chat = Chat(model, tokenizer)
+        elif text.strip():
+            with suppress(KeyboardInterrupt):
+                for piece in chat.answer(text, stop_ids=stop_ids, **settings):
+                    print(piece, end="", flush=True)
+            print(flush=True)
+
+
+# --- a file of prompts ---
+
+
+def read_records(path):
+    """The prompts of a file: .txt, one a line, or .jsonl with `prompt` or `messages`. ValueError: a line."""
+    *lines, last = Path(path).read_text(encoding="utf-8").split("\n")
+    lines += [last] if last else []
+    if Path(path).suffix != ".jsonl":
+        return [{"prompt": line} for line in lines]
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            texts = [record["prompt"]] if "prompt" in record else []
+            texts += [message[key] for message in record.get("messages", []) for key in ("role", "content")]
+            if not texts or not all(isinstance(text, str) for text in texts):
+                raise ValueError('it needs "prompt", a text, or "messages", each with "role" and "content"')
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: {error!r:.150}") from None
+        records.append(record)
+    return records
+
+
+def read_answers(output):
+    """{index: record} of all that was answered by now: in `output` or, unfinished, in the parts beside it."""
+    answers = {}
+    for path in [output, *output.parent.glob(output.name + ".part*")]:
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+        for line in lines:
+            try:
+                record = json.loads(line)
+                answers[record["index"]] = record
+            except (KeyError, TypeError, ValueError):  # cut off when the process was killed
+                continue
+    return answers
+
+
+def answer_file(model, tokenizer, path, output, batch_size, generate, stops):
+    """Answer a file of prompts; the answers get into `output` in the same order, once all are there.
+
+    Until then each process of torchrun, or the only one, adds them to a part file of its own. What is there
+    is not answered again.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    records, answers, start = read_records(path), read_answers(output), time.perf_counter()
+    for i, answer in answers.items():
+        if i >= len(records) or {"index": i} | records[i] | {"completion": answer["completion"]} != answer:
+            raise ValueError(f"{output} answers other prompts than {path}: choose another --output")
+    prompts = [
+        to_prompt(tokenizer, record["prompt"])
+        if "prompt" in record
+        else render(tokenizer, record["messages"], answer=True)[0]
+        for record in records
+    ]
+    if too_long := sum(len(prompt) > model.config.block_size for prompt in prompts):
+        print(f"{too_long} prompts are cut to their last {model.config.block_size} tokens", file=sys.stderr)
+    todo = [i for i in range(rank, len(records), world) if i not in answers]
+    print(f"{len(answers):,} of {len(records):,} prompts were answered before", file=sys.stderr)
+    with open(f"{output}.part{rank}", "a", encoding="utf-8") as part:
+        part.write("\n" if part.tell() else "")  # after a line that was cut off
+        for done in range(0, len(todo), batch_size):
+            batch = todo[done : done + batch_size]
+            rows = zip(*write(tokenizer, generate([prompts[i] for i in batch]), stops))
+            for i, pieces in zip(batch, rows):
+                answer = {"index": i} | records[i] | {"completion": "".join(pieces)}
+                part.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            part.flush()
+            n, seconds = done + len(batch), time.perf_counter() - start
+            left = round(seconds / n * (len(todo) - n))
+            clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+            print(f"{n:,} of {len(todo):,}, {n / seconds:.1f} a second, {clock} left", file=sys.stderr)
+    answers = read_answers(output)
+    if len(answers) == len(records):  # of several processes, the last one sees that
+        unfinished = output.with_name(f"{output.name}.unfinished{rank}")
+        lines = [json.dumps(answers[i], ensure_ascii=False) + "\n" for i in sorted(answers)]
+        unfinished.write_text("".join(lines), encoding="utf-8")
+        os.replace(unfinished, output)
+        for path in output.parent.glob(output.name + ".part*"):
+            path.unlink(missing_ok=True)
+        print(f"{output}: {len(answers):,} answers", file=sys.stderr)
+
+
+# --- the command line ---
 
 
 def newest_model():
@@ -105,61 +264,143 @@ def newest_model():
     return found[-1].parent
 
 
-def load(folder, device="cpu"):
-    """Open a folder's model and tokenizer."""
+def load(folder, device="cpu", dtype=None):
+    """Open a folder's model, ready for decoding, and its tokenizer. dtype None: as in the file."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
-    model = Transformer.load(folder, device=device)
+    model = pack(Transformer.load(folder, device, dtype))
     if not (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder} has no tokenizer.json")
     return model, Tokenizer.load(folder / "tokenizer.json")
 
 
-def stream(model, tokenizer, prompt, **settings):
-    """Yield the continuation of a text as it is made, never half a character. No prompt: a new document."""
-    end = tokenizer.special_tokens.get("<|endoftext|>")
-    ids = tokenizer.encode(prompt) or ([] if end is None else [end])
-    settings |= {"stop_ids": tokenizer.special_tokens.values(), "vocab_size": tokenizer.vocab_size}
-    yield from tokenizer.decode_stream(new for (new,) in generate(model, [ids], **settings))
+def end_ids(folder, tokenizer):
+    """The ids that end a text: of generation_config.json or config.json, else all special tokens."""
+    for path in (Path(folder) / "generation_config.json", Path(folder) / "config.json"):
+        ends = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else None
+        if ends is not None:
+            return set(ends if isinstance(ends, list) else [ends])
+    return set(tokenizer.special_tokens.values())
+
+
+def show_samples(tokenizer, prompt, ids, generate, stops):
+    """Print the prompt and its continuations: the first as it is made, the others after it. Then the speed."""
+    start, first, n_made, texts = time.perf_counter(), None, 0, []
+
+    def count(steps):
+        nonlocal first, n_made
+        for step in steps:
+            first = first or time.perf_counter()
+            n_made += sum(new is not None for new in step)
+            yield step
+
+    print(prompt, end="", flush=True)
+    try:
+        for pieces in write(tokenizer, count(generate([ids])), stops):
+            print(pieces[0], end="", flush=True)
+            texts = [text + piece for text, piece in zip(texts or [""] * len(pieces), pieces)]
+        for text in texts[1:]:
+            print(f"\n\n---\n\n{prompt}{text}", end="")
+    finally:  # also after Ctrl-C
+        print(flush=True)
+        now, first = time.perf_counter(), first or time.perf_counter()
+        read, made = len(ids) / (first - start), max(0, n_made - max(1, len(texts))) / max(1e-9, now - first)
+        print(f"prompt: {len(ids):,} tokens, {read:,.0f} a second", end="; ", file=sys.stderr)
+        print(f"new: {n_made:,} tokens, {made:,.0f} a second", file=sys.stderr)
+
+
+def read_prompt(args, folder):
+    """The prompt: as given, of a file or a pipe (without the last line end), or one that suits the data."""
+    if args.prompt is not None:
+        return args.prompt
+    if args.prompt_file:
+        return Path(args.prompt_file).read_text(encoding="utf-8").removesuffix("\n")
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
+    suits = (prompt for name, prompt in PROMPTS.items() if folder.resolve().name.startswith(name))
+    return piped or next(suits, "")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Text from a model.")
+    add = parser.add_argument
+    add("--model", metavar="DIR", help="model folder (the newest under out/)")
+    add("-n", type=int, default=1, help="number of samples (1)")
+    add("--max-new-tokens", type=int, default=256, help="length of a sample (256)")
+    add("--chat", action="store_true", help="converse")
+    add = parser.add_argument_group("what to go on with").add_argument
+    add("--prompt", help="a text; an empty one begins a new document (what suits the data)")
+    add("--prompt-file", metavar="FILE", help="a file with the text; a text may also come from a pipe")
+    add("--prompts", metavar="FILE", help="many: .txt, one a line, or .jsonl with `prompt` or `messages`")
+    add("--output", metavar="FILE", help="the .jsonl for their answers; the same command again goes on")
+    add("--batch-size", type=int, default=16, help="prompts at a time (16)")
+    add = parser.add_argument_group("how a token is drawn").add_argument
+    add("--temperature", type=float, default=0.8, help="0: always the likeliest token (0.8)")
+    add("--top-k", type=int, default=0, help="from the k likeliest tokens only (0: from all)")
+    add("--top-p", type=float, default=0.9, help="from the likeliest tokens that reach this in sum (0.9)")
+    add("--min-p", type=float, default=0.0, help="from those of this share of the likeliest one's (0)")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: less of what was there (1)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
+    add("--seed", type=int, default=0, help="equal seeds draw equal samples (0)")
+    add = parser.add_argument_group("speed").add_argument
+    add("--draft", metavar="DIR", help="a smaller model with the same tokenizer, which guesses ahead")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (as in the file)")
+    add("--compile", action="store_true", help="fuse kernels: a minute's wait that pays in long GPU runs")
+    add("--device", help="cpu, cuda or mps (the fastest that there is)")
+    args = parser.parse_args()
+    if args.n < 1 or args.max_new_tokens < 1 or args.batch_size < 1 or not 0 <= args.seed < 2**63:
+        raise ValueError("-n, --max-new-tokens, --batch-size must be at least 1, --seed from 0 to 2^63 - 1")
+    if "" in args.stop:
+        raise ValueError("a --stop without text would end every text at once")
+    if bool(args.prompts) != bool(args.output):
+        raise ValueError("--prompts FILE and --output FILE go together")
+    if args.draft and (args.prompts or args.chat or args.n > 1):
+        raise ValueError("--draft goes with one sample of one prompt")
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Stream text from a model.")
-    add = parser.add_argument
-    add("--model", metavar="DIR", help="model folder (the newest under out/)")
-    add("--prompt", default="", help="text to continue (none: start a new document)")
-    add("-n", type=int, default=1, help="number of samples (1)")
-    add("--max-new-tokens", type=int, default=256, help="length of a sample (256)")
-    add("--temperature", type=float, default=0.8, help="0: always the likeliest token (0.8)")
-    add("--top-p", type=float, default=0.9, help="draw from the likeliest tokens that reach this (0.9)")
-    add("--seed", type=int, default=0, help="equal seeds draw equal samples (0)")
-    add("--device", help="cpu, cuda or mps (the fastest that there is)")
-    args = parser.parse_args()
-    if args.n < 1 or args.max_new_tokens < 1 or not 0 <= args.seed < 2**63:
-        raise ValueError("-n and --max-new-tokens must be at least 1, --seed from 0 to 2^63 - 1")
+    args = parse_arguments()
+    sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
+    sampling |= dict(repetition_penalty=args.repetition_penalty)
+    Sampling(**sampling)  # a mistake should not have to wait for the model
     folder = Path(args.model) if args.model else newest_model()
-    model, tokenizer = load(folder, choose_device(args.device))
+    device = choose_device(args.device)
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    dtype = args.dtype and getattr(torch, args.dtype)
+    model, tokenizer = load(folder, device, dtype)
+    ends, context = end_ids(folder, tokenizer), model.config.block_size
     print(f"{os.path.relpath(folder)}: {model.config.num_params():,} parameters", file=sys.stderr)
-    if len(tokenizer.encode(args.prompt)) > model.config.block_size:
-        print(f"the prompt is cut to its last {model.config.block_size} tokens", file=sys.stderr)
-    settings = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
-    for seed in range(args.seed, args.seed + args.n):
-        start, made = time.time(), 0
-        print(args.prompt, end="", flush=True)
-        for piece in stream(model, tokenizer, args.prompt, seed=seed, **settings):
-            print(piece, end="", flush=True)
-            made += 1
-        print(flush=True)
-        print(f"{made / (time.time() - start):.0f} tokens/s", file=sys.stderr)
+    settings = dict(max_new_tokens=args.max_new_tokens, seed=args.seed, vocab_size=tokenizer.vocab_size)
+    settings |= sampling | (dict(mode="compile") if args.compile else {})
+    if args.chat:
+        return converse(model, tokenizer, ends, stops=args.stop, **settings)
+    continued = partial(generate, model, stop_ids=ends, **settings)
+    if args.prompts:
+        output = Path(args.output)
+        return answer_file(model, tokenizer, args.prompts, output, args.batch_size, continued, args.stop)
+    if args.draft:
+        draft, its_tokenizer = load(args.draft, device, dtype)
+        if its_tokenizer.fingerprint != tokenizer.fingerprint:
+            raise ValueError(f"{args.draft} has another vocabulary than {folder}: its guesses are of no use")
+        continued = partial(speculate, model, draft, stop_ids=ends, **settings)
+    else:
+        continued = partial(continued, n_samples=args.n)
+    prompt = read_prompt(args, folder)
+    ids = to_prompt(tokenizer, prompt)
+    if len(ids) > context:
+        print(f"the prompt has {len(ids):,} tokens: it is cut to its last {context:,}", file=sys.stderr)
+    show_samples(tokenizer, prompt, ids, continued, args.stop)
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print()
         sys.exit(130)
+    except BrokenPipeError:  # of `| head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

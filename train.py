@@ -33,7 +33,7 @@ from data.loader import IGNORED, Blocks, find_data, load_data, validation_batche
 from machine import over_processes, processes
 from model import PRESETS, Config, Transformer
 from optimizer import learning_rate, make_optimizers
-from sample import OUT, choose_device
+from sample import OUT
 
 N_EVALS = 10  # in a run
 EVAL_TOKENS = 2**14  # in each but the last, which takes all that is held out
@@ -381,8 +381,8 @@ def main():
         args.device = args.device or began_on
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
-    machine.join_processes(args.device or choose_device())
-    device, (rank, world) = choose_device(args.device), processes()
+    machine.join_processes(args.device or machine.choose_device())
+    device, (rank, world) = machine.choose_device(args.device), processes()
     name = args.data or (state["data"] if state else "pystdlib")
     if rank == 0:
         find_data(name)  # which may prepare it
