@@ -63,7 +63,7 @@ def keep_top_k(logits, k):
 
 def keep_top_p(logits, top_p, k=1024):
     """Keep the likeliest tokens that together reach probability top_p (Holtzman et al., 2020)."""
-    # On a CPU, sorting all takes as long as a small model; mostly the k likeliest suffice. A GPU sorts at once
+    # On a CPU, to sort all takes as long as a small model; mostly the k likeliest suffice. A GPU sorts fast,
     # and should not have to wait for the host to ask.
     k = min(k, logits.size(-1)) if logits.device.type == "cpu" else logits.size(-1)
     values, order = logits.topk(k)
@@ -192,26 +192,33 @@ def start_copy(tensor):
 # --- the loop ---
 
 
+def make_cache(model, batch_size, max_len):
+    """An empty cache on the model's device, in its dtype."""
+    weight = model.model.norm.weight
+    return KVCache(model.config, batch_size, max_len, weight.device, weight.dtype)
+
+
 def draw_tokens(model, rows, room, n_samples, cache, mode, sampling, generator, vocab_size):
     """Yield the ids (B,) that are drawn, on the device. There is no end but that of a given cache.
 
     room: how many tokens besides the prompts a cache that is made here should hold, if the context allows.
     """
-    weight, context, given = model.model.norm.weight, model.config.block_size, cache
+    device, context, given = model.model.norm.weight.device, model.config.block_size, cache
     while True:
         lengths = [len(row) for row in rows]
         longest = max(lengths)
         padded = [row + row[-1:] * (longest - len(row)) for row in rows]
-        ids = torch.tensor(padded, device=weight.device)  # (B, longest)
+        ids = torch.tensor(padded, device=device)  # (B, longest)
         if given is None:
             size = min(max(context, longest), longest + room)
-            cache = KVCache(model.config, len(rows), size, weight.device, weight.dtype)
+            cache = make_cache(model, len(rows), size)
         held = cache.span
         x = model.hidden(ids, cache)  # (B, longest, C)
         cache.truncate([held + n for n in lengths])
         x = x[range(len(rows)), [n - 1 for n in lengths]]  # (B, C), at each row's last token
         logits = model.head(x)[:, :vocab_size]
-        seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, True)
+        seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=device)
+        seen.scatter_(1, ids, True)
         if n_samples > 1:  # a single prefill serves them all
             cache, rows = cache.repeat(n_samples), [row for row in rows for _ in range(n_samples)]
             logits, seen = logits.repeat_interleave(n_samples, 0), seen.repeat_interleave(n_samples, 0)
@@ -219,7 +226,7 @@ def draw_tokens(model, rows, room, n_samples, cache, mode, sampling, generator, 
         step, drawn = stepper(model, cache, mode), []
         while True:
             if sampling.repetition_penalty != 1:
-                logits = penalize(logits, seen, sampling.repetition_penalty)
+                logits = penalize(logits, seen[:, :vocab_size], sampling.repetition_penalty)
             greedy = sampling.temperature == 0
             new = logits.argmax(-1) if greedy else draw(probabilities_of(logits, sampling), generator)
             seen.scatter_(1, new[:, None], True)
@@ -285,7 +292,7 @@ def accept(p, q, proposed, generator):
 
 @torch.inference_mode()
 def speculate(
-    model, draft, prompts, max_new_tokens=64, stop_ids=(), seed=0, vocab_size=None, n_draft=4, **sampling
+    model, prompts, draft, max_new_tokens=64, stop_ids=(), seed=0, vocab_size=None, n_draft=4, **sampling
 ):
     """generate for one prompt, in fewer steps of the model: a smaller draft guesses n_draft tokens ahead.
 
@@ -296,11 +303,10 @@ def speculate(
     if sampling.repetition_penalty != 1:
         raise ValueError("a draft does not go with a repetition penalty")
     device, context = model.model.norm.weight.device, min(model.config.block_size, draft.config.block_size)
-    generator, made, caches = torch.Generator(device).manual_seed(seed), 0, {}
+    generator, made, caches = torch.Generator(device).manual_seed(seed), 0, None
 
-    def read(reader, ids, n):
-        """Let a model read what of ids its cache lacks: the distributions (n, V) after the last n of them."""
-        cache = caches[reader]
+    def read(reader, cache, ids, n):
+        """Read what of ids the cache lacks; returns the distributions (n, V) after the last n of them."""
         x = reader.hidden(torch.tensor([ids[cache.span :]], device=device), cache)
         return probabilities_of(reader.head(x[0, -n:])[:, :vocab_size], sampling)
 
@@ -308,19 +314,17 @@ def speculate(
     while made < max_new_tokens:
         if not caches or len(ids) + n_draft > context:
             ids = ids[-context // 2 :] if len(ids) + n_draft > context else ids
-            for reader in (model, draft):
-                weight = reader.model.norm.weight
-                caches[reader] = KVCache(reader.config, 1, context, device, weight.dtype)
+            caches = [make_cache(reader, 1, context) for reader in (model, draft)]
         proposed, q = [], []
         for _ in range(n_draft):
-            q.append(read(draft, ids + proposed, 1)[0])
+            q.append(read(draft, caches[1], ids + proposed, 1)[0])
             proposed += draw(q[-1][None], generator).tolist()
-        p = read(model, ids + proposed, n_draft + 1)
+        p = read(model, caches[0], ids + proposed, n_draft + 1)
         for new in accept(p, q, proposed, generator)[: max_new_tokens - made]:
             if new in stop_ids:
                 return
             ids.append(new)
             made += 1
             yield [new]
-        for cache in caches.values():  # of the rejected guesses nothing is kept
+        for cache in caches:  # of the rejected guesses nothing is kept
             cache.truncate([min(cache.span, len(ids) - 1)])

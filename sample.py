@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from decoding import Sampling, generate, pack, speculate
+from decoding import Sampling, generate, make_cache, pack, speculate
 from machine import choose_device
-from model import KVCache, Transformer
+from model import Transformer
 from tokenizer import Tokenizer
 
 OUT = Path(__file__).resolve().parent / "out"
@@ -49,8 +49,9 @@ class Text:
         self.ended = new is None
         new_bytes = b"" if self.ended else self.tokenizer.decode_bytes([new])
         text = self.held + self.decoder.decode(new_bytes, self.ended)
-        if found := [text.index(stop) for stop in self.stops if stop in text]:
-            text, self.ended = text[: min(found)], True
+        found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self.stops if stop in text]
+        if found:  # the one that is complete first counts, however the text was cut into tokens
+            text, self.ended = text[: min(found)[1]], True
         starts = (stop[:n] for stop in self.stops for n in range(1, len(stop)))
         n_held = 0 if self.ended else max((len(start) for start in starts if text.endswith(start)), default=0)
         shown, self.held = text[: len(text) - n_held], text[len(text) - n_held :]
@@ -110,8 +111,7 @@ class Chat:
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
         self.turns, self.read = [], []  # the ids of each turn; the ids that the cache holds
-        weight = model.model.norm.weight
-        self.cache = KVCache(model.config, 1, model.config.block_size, weight.device, weight.dtype)
+        self.cache = make_cache(model, 1, model.config.block_size)
 
     def answer(self, text, stops=(), **settings):
         """Yield the answer to a text in pieces. Where the context is too short, says what it forgets."""
@@ -285,7 +285,7 @@ def end_ids(folder, tokenizer):
 
 
 def show_samples(tokenizer, prompt, ids, generate, stops):
-    """Print the prompt and its continuations: the first as it is made, the others after it. Then the speed."""
+    """Print the prompt and what follows: the first sample as it is made, then the others and the speed."""
     start, first, n_made, texts = time.perf_counter(), None, 0, []
 
     def count(steps):
@@ -345,7 +345,7 @@ def parse_arguments():
     add = parser.add_argument_group("speed").add_argument
     add("--draft", metavar="DIR", help="a smaller model with the same tokenizer, which guesses ahead")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (as in the file)")
-    add("--compile", action="store_true", help="fuse kernels: a minute's wait that pays in long GPU runs")
+    add("--compile", action="store_true", help="fuse kernels: a wait that pays in long runs on a GPU")
     add("--device", help="cpu, cuda or mps (the fastest that there is)")
     args = parser.parse_args()
     if args.n < 1 or args.max_new_tokens < 1 or args.batch_size < 1 or not 0 <= args.seed < 2**63:
@@ -368,6 +368,8 @@ def main():
     device = choose_device(args.device)
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if args.compile and device == "cpu":
+        raise ValueError("--compile makes decoding slower on a CPU: leave it out")
     dtype = args.dtype and getattr(torch, args.dtype)
     model, tokenizer = load(folder, device, dtype)
     ends, context = end_ids(folder, tokenizer), model.config.block_size
@@ -384,7 +386,7 @@ def main():
         draft, its_tokenizer = load(args.draft, device, dtype)
         if its_tokenizer.fingerprint != tokenizer.fingerprint:
             raise ValueError(f"{args.draft} has another vocabulary than {folder}: its guesses are of no use")
-        continued = partial(speculate, model, draft, stop_ids=ends, **settings)
+        continued = partial(speculate, model, draft=draft, stop_ids=ends, **settings)
     else:
         continued = partial(continued, n_samples=args.n)
     prompt = read_prompt(args, folder)

@@ -1,98 +1,25 @@
-"""What sample.py promises: the model's own distribution, rows that don't disturb each other, whole
-characters.
+"""What sample.py promises: whole characters, stop strings that are never seen, files of prompts that lose
+nothing, conversations that read only what is new.
 """
 
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
-import numpy as np
 import pytest
 import torch
-import transformers
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sample as stage
-from model import Transformer
-from sample import generate
+from sample import Chat, Text, generate, render, write
+from tokenizer import SPECIAL_TOKENS, Tokenizer
 
-
-def continuation(model, prompt, **settings):
-    return [new for (new,) in generate(model, [prompt], **settings)]
-
-
-def top_p_by_definition(probabilities, top_p):
-    """The slow twin: the likeliest tokens, one after the other, until they reach top_p."""
-    kept, total = set(), 0.0
-    for i in np.argsort(-probabilities, kind="stable"):
-        if total >= top_p:
-            break
-        kept.add(int(i))
-        total += probabilities[i]
-    return kept
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(-50, 50), min_size=2, max_size=20, unique=True), st.floats(0.05, 0.95))
-def test_top_p_keeps_the_likeliest_tokens_that_reach_it(logits, top_p):
-    logits = torch.tensor(logits, dtype=torch.float64) / 10
-    kept = set(stage.filter_top_p(logits[None], top_p)[0].isfinite().nonzero()[:, 0].tolist())
-    assert kept == top_p_by_definition(logits.softmax(-1).numpy(), top_p)
-
-
-def test_greedy_ids_equal_those_of_transformers(tmp_path, model):
-    model.save(tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    prompt = [5, 17, 200]
-    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=28, do_sample=False, use_cache=True)
-    assert continuation(model, prompt, max_new_tokens=28, temperature=0) == expected[0, 3:].tolist()
-
-
-def test_rows_of_a_ragged_batch_equal_each_alone(model):
-    prompts = [[1], [5, 6, 7, 8, 9], [10, 11, 12]]
-    together = list(zip(*generate(model, prompts, max_new_tokens=20, temperature=0)))
-    for prompt, row in zip(prompts, together):
-        assert continuation(model, prompt, max_new_tokens=20, temperature=0) == list(row)
-
-
-def test_equal_seeds_draw_equal_texts_and_others_do_not(model):
-    draw = [
-        continuation(model, [3], max_new_tokens=20, temperature=1.0, top_p=1.0, seed=seed)
-        for seed in (0, 0, 1)
-    ]
-    assert draw[0] == draw[1] != draw[2]
-
-
-def test_a_row_that_has_ended_yields_none_while_others_go_on(model):
-    free = list(zip(*generate(model, [[1], [2]], max_new_tokens=12, temperature=0)))
-    stop = next(new for new in free[0] if new != free[0][0] and new not in free[1])
-    rows = list(zip(*generate(model, [[1], [2]], max_new_tokens=12, temperature=0, stop_ids=[stop])))
-    first = free[0].index(stop)
-    assert rows[0][:first] == free[0][:first]
-    assert set(rows[0][first:]) == {None}
-    assert stop not in rows[1]
-
-
-def test_ids_beyond_the_vocabulary_are_never_drawn(model):
-    with torch.no_grad():
-        model.model.embed_tokens.weight[300:] *= 1000
-    ids = continuation(model, [1], max_new_tokens=30, temperature=1.0, top_p=1.0, vocab_size=300)
-    assert max(ids) < 300
-
-
-def test_text_longer_than_the_context_goes_on(model):
-    assert model.config.block_size == 32
-    assert len(continuation(model, [1] * 50, max_new_tokens=100)) == 100
-    assert len(continuation(model, [1, 2], max_new_tokens=100)) == 100
-
-
-def test_a_stream_never_shows_half_a_character(model, tokenizer, monkeypatch):
-    ids = tokenizer.encode("日本語 😀é")
-    monkeypatch.setattr(stage, "generate", lambda *_, **__: ([i] for i in ids))
-    pieces = list(stage.stream(model, tokenizer, "x"))
-    assert "".join(pieces) == "日本語 😀é"
-    assert not any("\ufffd" in piece for piece in pieces)
+START, END = "<|im_start|>", "<|im_end|>"
 
 
 @pytest.fixture
@@ -101,27 +28,368 @@ def folder(tmp_path, model, tokenizer):
     return tmp_path / "model"
 
 
-def run(*arguments):
+def run(*arguments, **options):
+    options = dict(stdin=subprocess.DEVNULL) | options if "input" not in options else options
     return subprocess.run(
-        [sys.executable, ROOT / "sample.py", *arguments], capture_output=True, text=True, encoding="utf-8"
+        [sys.executable, ROOT / "sample.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        **options,
     )
+
+
+def text_of(ids, tokenizer, stops=()):
+    return [piece for (piece,) in write(tokenizer, ([i] for i in ids), stops)]
+
+
+# --- text ---
+
+
+def test_a_stream_never_shows_half_a_character(tokenizer):
+    text = "日本語 😀 e\u0301 👩‍👩‍👧 ❤️"
+    ids = tokenizer.encode(text)
+    pieces = text_of(ids, tokenizer)
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert len(pieces) == len(ids) + 1
+    assert sum(map(bool, pieces)) > 5
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 319), max_size=30))
+def test_all_pieces_together_are_the_decoded_text(tokenizer, ids):
+    ids = [i % tokenizer.vocab_size for i in ids]
+    assert "".join(text_of(ids, tokenizer)) == tokenizer.decode(ids)
+
+
+LETTERS = st.text("ab日", max_size=20)
+
+
+@settings(max_examples=500, deadline=None)
+@given(LETTERS, st.lists(st.text("ab日", min_size=1, max_size=4), max_size=3))
+def test_text_ends_before_the_first_stop_string_and_never_shows_its_beginning(tokenizer, text, stops):
+    row, shown = Text(tokenizer, stops), ""
+    for i in tokenizer.encode(text):  # bytes and pairs of them: every stop string crosses tokens
+        shown += row.add(i)
+        assert not row.held or any(stop.startswith(row.held) for stop in stops)  # nothing else waits
+    shown += row.add(None)
+    # the slow twin: one character after the other, until a stop string stands at the end
+    expected = ""
+    for character in text:
+        expected += character
+        ended = [stop for stop in stops if expected.endswith(stop)]
+        if ended:
+            expected = expected[: -max(map(len, ended))]
+            break
+    assert shown == expected
+
+
+def test_a_stop_string_ends_one_row_and_the_last_one_ends_the_loop(tokenizer):
+    asked = []
+
+    def steps():
+        for i in tokenizer.encode("the cat sat"):
+            asked.append(i)
+            yield [i, tokenizer.encode("x")[0]]
+
+    pieces = list(write(tokenizer, steps(), ["at", "xx"]))
+    assert ["".join(row) for row in zip(*pieces)] == ["the c", ""]
+    assert len(asked) < len(tokenizer.encode("the cat sat"))
+
+
+def test_a_text_begins_with_what_its_tokenizer_wants_there(tokenizer):
+    assert stage.to_prompt(tokenizer, "") == [tokenizer.special_tokens["<|endoftext|>"]]
+    assert stage.to_prompt(tokenizer, "the cat") == tokenizer.encode("the cat")
+    first = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    template = {"type": "TemplateProcessing", "single": [first, {"Sequence": {"id": "A", "type_id": 0}}]}
+    processor = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}  # as in Llama 3
+    llama = Tokenizer(tokenizer.document | {"post_processor": processor})
+    expected = [tokenizer.special_tokens["<|endoftext|>"], *tokenizer.encode("the cat")]
+    assert stage.to_prompt(llama, "the cat") == expected
+
+
+def test_the_ends_of_a_text_are_those_of_the_folder(folder, tokenizer, model):
+    ends = [tokenizer.special_tokens[name] for name in ("<|endoftext|>", END)]
+    assert stage.end_ids(folder, tokenizer) == {ends[0]}
+    model.save(folder, tokenizer, chat=True)
+    assert stage.end_ids(folder, tokenizer) == set(ends)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert stage.end_ids(folder, tokenizer) == {7}
+    (folder / "generation_config.json").unlink()
+    assert stage.end_ids(folder, tokenizer) == set(ends)
+    (folder / "config.json").write_text("{}")
+    assert stage.end_ids(folder, tokenizer) == set(tokenizer.special_tokens.values())
+
+
+# --- conversations ---
+
+MESSAGES = [
+    {"role": "user", "content": "the cat"},
+    {"role": "assistant", "content": "sat on"},
+    {"role": "user", "content": "the dog"},
+]
+
+
+def test_a_conversation_is_rendered_in_chatml_and_only_what_the_assistant_says_is_marked(tokenizer):
+    ids, mask = render(tokenizer, MESSAGES, answer=True)
+    turns = [f"{START}{m['role']}\n{m['content']}{END}\n" for m in MESSAGES]
+    assert tokenizer.decode(ids) == "".join(turns) + f"{START}assistant\n"
+    assert tokenizer.decode([i for i, marked in zip(ids, mask) if marked]) == f"sat on{END}"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.sampled_from([START, END, "<|endoftext|>", "user\n", "assistant\n", " ", "x"]), max_size=9)
+)
+def test_no_text_forges_a_role(tokenizer, parts):
+    forged = [{"role": "user", "content": "".join(parts)}]
+    ids, mask = render(tokenizer, forged, answer=True)
+    assert [ids.count(tokenizer.special_tokens[name]) for name in SPECIAL_TOKENS] == [0, 2, 1]
+    assert not any(mask)
+
+
+def test_a_tokenizer_without_chatml_tokens_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"no <\|im_end\|> in the tokenizer"):
+        render(Tokenizer.train(["the cat"], 260, special_tokens=("<|im_start|>",)), MESSAGES)
+
+
+@pytest.fixture
+def long_model(model):
+    """The tiny model, with a context in which a conversation has room."""
+    model.config.block_size = 200
+    return model
+
+
+def test_a_conversation_reads_only_what_is_new(long_model, tokenizer):
+    reads, hidden = [], long_model.hidden
+    long_model.hidden = lambda ids, cache=None: reads.append(ids.numel()) or hidden(ids, cache)
+    chat, settings = Chat(long_model, tokenizer), dict(max_new_tokens=10, vocab_size=tokenizer.vocab_size)
+    for text in ("the cat sat", "on the mat", "and"):
+        question = len(render(tokenizer, [{"role": "user", "content": text}], answer=True)[0])
+        before = len(chat.read)
+        del reads[:]
+        answer = "".join(chat.answer(text, **settings))
+        assert answer
+        unread = 0 if not before else len(chat.turns[-3]) - 9  # the answer's last token, its end, a line end
+        assert reads == [unread + question] + [1] * 9
+    # the slow twin: all turns at once
+    ids = sum(chat.turns[:-1], [])
+    whole = "".join(text_of((i for (i,) in generate(long_model, [ids], **settings)), tokenizer))
+    assert answer == whole
+
+
+def test_the_oldest_turns_are_forgotten_aloud(long_model, tokenizer, capsys):
+    chat = Chat(long_model, tokenizer)
+    for _ in range(6):
+        assert len(list(chat.answer("the cat sat on the mat", max_new_tokens=30, vocab_size=256))) > 5
+    assert "forgotten" in capsys.readouterr().err
+    assert len(chat.turns) % 2 == 0 and 2 <= len(chat.turns) < 12
+    assert list(chat.answer("日本語" * 200, max_new_tokens=30, vocab_size=256))
+    assert "only its last 150 tokens" in capsys.readouterr().err
+
+
+def test_an_answer_that_is_cut_short_stays_in_the_conversation(long_model, tokenizer):
+    chat = Chat(long_model, tokenizer)
+    pieces = chat.answer("the cat", max_new_tokens=30, vocab_size=256)
+    for _ in range(4):
+        next(pieces)
+    pieces.close()  # as Ctrl-C does
+    end = [tokenizer.special_tokens[END], *tokenizer.encode("\n")]
+    assert len(chat.turns) == 2 and chat.turns[-1][-2:] == end
+    assert list(chat.answer("sat", max_new_tokens=5, vocab_size=256))
+
+
+def test_chat_answers_line_by_line_and_a_base_model_says_what_it_is(folder, tokenizer, model):
+    result = run(
+        "--model", folder, "--chat", "--max-new-tokens", 4, input="hello\n\n/reset\n你好\n/quit\nno\n"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "not taught to chat" in result.stderr
+    assert result.stdout.count("\n") >= 2
+    model.save(folder, tokenizer, chat=True)
+    assert "not taught" not in run("--model", folder, "--chat", input="").stderr
+
+
+# --- a file of prompts ---
+
+
+def answers_in(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    records = [{"prompt": "the cat " * n, "id": n} for n in range(5)]
+    records += [{"messages": MESSAGES, "source": "x"}, {"prompt": "日本語"}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+GREEDY = ("--temperature", 0, "--max-new-tokens", 8)
+
+
+def test_a_file_of_prompts_is_answered_in_its_order(folder, prompts, tmp_path, model, tokenizer):
+    output = tmp_path / "answers.jsonl"
+    result = run("--model", folder, "--prompts", prompts, "--output", output, "--batch-size", 3, *GREEDY)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "" and "0:00:00 left" in result.stderr
+    answers = answers_in(output)
+    for i, (record, answer) in enumerate(zip(answers_in(prompts), answers, strict=True)):
+        assert answer == {"index": i} | record | {"completion": answer["completion"]}
+        if "prompt" in record:
+            ids = stage.to_prompt(tokenizer, record["prompt"])
+        else:
+            ids = render(tokenizer, record["messages"], answer=True)[0]
+        ends = stage.end_ids(folder, tokenizer)
+        settings = dict(max_new_tokens=8, temperature=0, vocab_size=tokenizer.vocab_size, stop_ids=ends)
+        alone = text_of((new for (new,) in generate(model, [ids], **settings)), tokenizer)
+        assert answer["completion"] == "".join(alone)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "model", "prompts.jsonl"]
+    again = run("--model", folder, "--prompts", prompts, "--output", output, *GREEDY)
+    assert again.returncode == 0 and "7 of 7 prompts were answered before" in again.stderr
+    assert answers_in(output) == answers
+
+
+def test_what_was_answered_before_a_kill_is_kept(folder, prompts, tmp_path):
+    output, part = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.part0"
+    records = answers_in(prompts)
+    kept = {"index": 1} | records[1] | {"completion": "kept"}
+    part.write_text(json.dumps(kept) + '\n{"index": 2, "prompt": "the c', encoding="utf-8")
+    result = run("--model", folder, "--prompts", prompts, "--output", output, *GREEDY)
+    assert result.returncode == 0, result.stderr
+    assert "1 of 7 prompts were answered before" in result.stderr
+    assert [answer["index"] for answer in answers_in(output)] == list(range(7))
+    assert answers_in(output)[1] == kept
+    assert not part.exists()
+
+
+def test_two_processes_share_the_prompts(folder, prompts, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    arguments = ["--model", folder, "--prompts", prompts, "--output", output, "--batch-size", 2, *GREEDY]
+    program = [sys.executable, ROOT / "sample.py", *map(str, arguments)]
+    processes = [
+        subprocess.Popen(program, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"})
+        for rank in range(2)
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert [answer["index"] for answer in answers_in(output)] == list(range(7))
+    assert not list(tmp_path.glob("*.part*")) and not list(tmp_path.glob("*.unfinished*"))
+
+
+def test_lines_of_a_text_file_are_prompts(tmp_path):
+    (tmp_path / "a.txt").write_bytes("one\r\n\r\nthree\u2028\n".encode())
+    assert stage.read_records(tmp_path / "a.txt") == [
+        {"prompt": "one"},
+        {"prompt": ""},
+        {"prompt": "three\u2028"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "3", "{}", '{"prompt": 3}', '{"messages": []}', '{"messages": [{"role": "user"}]}']
+)
+def test_a_bad_line_is_named_before_anything_is_answered(tmp_path, line):
+    (tmp_path / "bad.jsonl").write_text(f'{{"prompt": "x"}}\n{line}\n')
+    with pytest.raises(ValueError, match="bad.jsonl, line 2: "):
+        stage.read_records(tmp_path / "bad.jsonl")
+
+
+def test_answers_to_other_prompts_are_not_mixed_in(folder, prompts, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    output.write_text('{"index": 0, "prompt": "another", "completion": "x"}\n')
+    result = run("--model", folder, "--prompts", prompts, "--output", output)
+    assert result.returncode == 2 and "answers other prompts" in result.stderr
+    assert "another" in output.read_text()
+
+
+# --- the face ---
 
 
 @pytest.mark.parametrize("prompt", ["", "the cat", "你好"])
 def test_only_the_text_goes_to_stdout(folder, prompt):
-    result = run("--model", folder, "--prompt", prompt, "--max-new-tokens", "5")
+    result = run("--model", folder, "--prompt", prompt, "--max-new-tokens", 5)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(prompt)
-    assert "tokens/s" in result.stderr and "tokens/s" not in result.stdout
+    assert "a second" in result.stderr and "a second" not in result.stdout
+
+
+def test_a_prompt_may_come_from_a_file_or_a_pipe(folder, tmp_path):
+    (tmp_path / "prompt.txt").write_text("the dog\n", encoding="utf-8")
+    shown = run("--model", folder, "--prompt-file", tmp_path / "prompt.txt", *GREEDY).stdout
+    assert shown.startswith("the dog") and not shown.startswith("the dog\n\n")
+    assert run("--model", folder, *GREEDY, input="the dog\n").stdout == shown
+
+
+def test_several_samples_are_set_apart_and_stop_strings_not_shown(folder):
+    result = run("--model", folder, "--prompt", "the", "-n", 3, "--max-new-tokens", 5, "--stop", "\n---\n")
+    assert result.stdout.count("\n---\n") == 2
+    assert len({text.strip() for text in result.stdout.split("\n---\n")}) == 3
+
+
+def test_a_draft_writes_the_same_greedy_text(folder):
+    plain = run("--model", folder, "--prompt", "the", *GREEDY).stdout
+    assert run("--model", folder, "--prompt", "the", "--draft", folder, *GREEDY).stdout == plain
+
+
+def test_a_draft_with_another_vocabulary_is_refused(folder, tmp_path, model):
+    model.save(tmp_path / "draft", Tokenizer.train(["another text"], 320))
+    result = run("--model", folder, "--draft", tmp_path / "draft", "--prompt", "x")
+    assert result.returncode == 2 and "has another vocabulary" in result.stderr
+
+
+def test_a_prompt_longer_than_the_context_says_so(folder):
+    result = run("--model", folder, "--prompt", "x" * 100, "--max-new-tokens", 3)
+    assert result.returncode == 0 and "cut to its last 32" in result.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(folder):
+    program = [
+        sys.executable,
+        ROOT / "sample.py",
+        "--model",
+        folder,
+        "--prompt",
+        "x",
+        "--max-new-tokens",
+        "3000",
+    ]
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert "rror" not in process.stderr.read()
+    assert process.wait() == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGINT for one process")
+def test_ctrl_c_ends_the_text_without_a_traceback(folder):
+    program = [sys.executable, ROOT / "sample.py", "--model", folder, "--prompt", "x"]
+    process = subprocess.Popen(
+        [*program, "--max-new-tokens", "1000000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.read(20)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "a second" in errors and "Traceback" not in errors
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--model", "no/such/folder"], "there is no folder no/such/folder"),
-        (["--model", str(ROOT / "tests")], "config.json"),
+        (["--model", ROOT / "tests"], "config.json"),
         (["--temperature", "-1"], "temperature -1.0 must be 0"),
         (["--top-p", "0"], "top-p 0.0 is outside (0, 1]"),
+        (["--stop", ""], "--stop without text"),
+        (["--prompts", "x.txt"], "go together"),
+        (["--prompts", "no.jsonl", "--output", "x"], "no.jsonl"),
+        (["--prompt-file", "no.txt"], "no.txt"),
+        (["--device", "tpu"], "no device 'tpu'"),
+        (["--compile", "--device", "cpu"], "--compile makes decoding slower"),
+        (["-n", "0"], "-n"),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_status_2(folder, arguments, message):
@@ -144,4 +412,8 @@ def test_the_newest_model_is_the_one_saved_last(tmp_path, monkeypatch, model):
     for name in ("b", "a"):
         model.save(tmp_path / name)
     assert stage.newest_model() == tmp_path / "a"
-    assert isinstance(stage.Transformer.load(stage.newest_model()), Transformer)
+
+
+def test_a_model_is_loaded_in_the_dtype_of_its_file_or_in_that_asked_for(folder):
+    assert stage.load(folder)[0].model.norm.weight.dtype == torch.float32
+    assert stage.load(folder, dtype=torch.bfloat16)[0].model.norm.weight.dtype == torch.bfloat16
