@@ -5,6 +5,7 @@ python tests/bench.py prepare                   peak memory of data/prepare.py o
 python tests/bench.py tokenizer                 learning and applying a vocabulary, against other libraries
 python tests/bench.py model                     time and memory of the loss, of recomputing, of opening a file
 python tests/bench.py train --peer DIR          a training step against transformers; a run against nanoGPT
+python tests/bench.py sample --peer BINARY      decoding against transformers and llama2.c
 python tests/bench.py resume                    20 runs, each killed at a random moment: do they end alike?
 python tests/bench.py ladder                    from a GPT-2 to train.py, idea by idea, in equal time
 python tests/bench.py gpu                       all that needs a GPU, in one call
@@ -28,6 +29,7 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +46,9 @@ import machine  # noqa: E402
 import train  # noqa: E402
 from data.loader import Blocks, load_data  # noqa: E402
 from data.prepare import DATA, prepare  # noqa: E402
+from decoding import generate, pack  # noqa: E402
 from model import PRESETS, Config, Transformer  # noqa: E402
 from optimizer import make_optimizers  # noqa: E402
-from sample import generate  # noqa: E402
 from tokenizer import GPT4_PATTERN, SPECIAL_TOKENS, Tokenizer  # noqa: E402
 
 
@@ -603,6 +605,128 @@ def bench_ladder(args):
         shutil.rmtree(folder)
 
 
+# --- decoding ---
+
+SHAPES = {  # two of llama2.c's, and one for GPUs
+    "15 M": dict(n_layer=6, n_head=6, n_kv_head=6, n_embd=288, n_hidden=768),
+    "110 M": dict(n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_hidden=2048),
+    "1 B": dict(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, n_hidden=8192),
+}
+
+
+def random_folder(folder, shape, dtype=torch.float32):
+    """A folder with a model of that shape, a vocabulary of 32,000 and random weights."""
+    model = Transformer(Config(32000, 1024, **SHAPES[shape]))
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.02)
+    model.to(dtype).save(Path(folder))
+
+
+def decoder(folder, kind, device, dtype):
+    """A function (prompts, n) that makes n greedy tokens for each, with transformers or in a mode of ours."""
+    if kind != "transformers":
+        model = Transformer.load(folder, device, dtype)
+        model = pack(model) if kind == "eager" else model
+
+        def run(prompts, n):
+            for _ in generate(model, prompts, max_new_tokens=n, temperature=0, mode=kind):
+                pass
+
+        return run
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+
+    def run_transformers(prompts, n):
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        settings = dict(min_new_tokens=n, max_new_tokens=n, do_sample=False, pad_token_id=0)
+        model.generate(ids, attention_mask=mask, **settings)
+
+    return run_transformers
+
+
+def read_bandwidth(device):
+    """Bytes a second that are read from memory: of a sum on a CPU, of a copy (and written) on a GPU."""
+    x, rates = torch.ones(2**27, device=device), []
+    y = torch.empty_like(x)
+    for _ in range(5):
+        start = time.perf_counter()
+        (x.sum() if device == "cpu" else y.copy_(x)[0]).item()
+        rates.append((1 if device == "cpu" else 2) * x.nbytes / (time.perf_counter() - start))
+    return statistics.median(rates)
+
+
+def write_llama2c(folder, path):
+    """A model as llama2.c's run.c reads it (but for the order of the channels of q and k)."""
+    model = Transformer.load(folder)
+    c, layers = model.config, model.model.layers
+    head = [c.n_embd, c.n_hidden, c.n_layer, c.n_head, c.n_kv_head, c.vocab_size, c.block_size]
+    with open(path, "wb") as file:
+        file.write(np.array(head, dtype=np.int32).tobytes())
+        parts = [[model.model.embed_tokens], [x.input_layernorm for x in layers]]
+        parts += [[getattr(x.self_attn, f"{name}_proj") for x in layers] for name in "qkvo"]
+        parts += [[x.post_attention_layernorm for x in layers]]
+        parts += [[getattr(x.mlp, f"{name}_proj") for x in layers] for name in ("gate", "down", "up")]
+        for module in sum(parts + [[model.model.norm]], []):
+            file.write(module.weight.detach().numpy().tobytes())
+        file.write(np.zeros(c.block_size * c.head_dim, dtype=np.float32).tobytes())  # not used any more
+
+
+def llama2c_speed(binary, path, n):
+    """Tokens a second of run.c, as it reports them."""
+    program = [binary, path, "-z", Path(binary).parent / "tokenizer.bin", "-t", "0", "-n", str(n)]
+    output = subprocess.run(program, check=True, capture_output=True).stderr.decode("utf-8", "replace")
+    return float(output.split("achieved tok/s:")[1].split()[0])
+
+
+def bench_sample(args):
+    """One stream and batches against transformers and llama2.c, in turn, on so many threads."""
+    torch.set_num_threads(args.threads)
+    bandwidth = read_bandwidth("cpu")
+    print(f"{args.threads} thread(s), which read {bandwidth / 1e9:.1f} GB/s; median of {args.runs} in turn")
+    for shape in ("15 M", "110 M"):
+        with tempfile.TemporaryDirectory() as folder:
+            random_folder(folder, shape)
+            jobs = {}
+            for dtype, label in ((torch.float32, ""), (torch.bfloat16, ", bfloat16")):
+                jobs["transformers" + label] = decoder(folder, "transformers", "cpu", dtype)
+                jobs["ours" + label] = decoder(folder, "eager", "cpu", dtype)
+            one_stream(args, shape, folder, jobs, bandwidth)
+            print(f"\n{shape}, batches, float32: tokens/s of all rows", flush=True)
+            for rows in args.batches:
+                ragged = [1 + i * 63 // rows for i in range(rows)]
+                for name, lengths in (("of 32 tokens", [32] * rows), ("of 1 to 63", ragged)):
+                    prompts = [[1] * length for length in lengths]
+                    pair = {kind: partial(jobs[kind], prompts, 32) for kind in ("transformers", "ours")}
+                    theirs, ours = (32000 * rows / t for t in in_turn(pair, args.runs, 1).values())
+                    line = f"{rows:4} {name:14} transformers {theirs:6.0f}, ours {ours:6.0f}"
+                    print(f"{line}: {ours / theirs:.2f}", flush=True)
+
+
+def one_stream(args, shape, folder, jobs, bandwidth):
+    """Tokens a second of each contestant that continues one token."""
+    speeds, path = {label: [] for label in jobs}, Path(folder) / "llama2c.bin"
+    if args.peer:
+        write_llama2c(folder, path)
+        speeds["llama2.c"] = []
+    for _ in range(args.runs):
+        for label, run in jobs.items():
+            start = time.perf_counter()
+            run([[1]], args.tokens)
+            speeds[label].append(args.tokens / (time.perf_counter() - start))
+        if args.peer:
+            speeds["llama2.c"].append(llama2c_speed(args.peer, path, args.tokens))
+    n_params = Config(32000, 1024, **SHAPES[shape]).num_params()
+    print(f"\n{shape}, one stream, {args.tokens} tokens: tokens/s")
+    for label, values in speeds.items():
+        speed = statistics.median(values)
+        ratio = speed / statistics.median(speeds["transformers"])
+        share = speed * n_params * (2 if "bfloat16" in label else 4) / bandwidth
+        print(f"{label:24}{speed:8.1f} {ratio:6.2f} x transformers {share:5.0%} of the bandwidth")
+
+
 # --- on a GPU ---
 
 
@@ -653,36 +777,13 @@ def whole_loss(logits_of):
     return loss
 
 
-def decoding_speed(folder, kind, device, n=128):
-    """Tokens a second of one stream."""
-    if kind == "transformers":
-        import transformers
-
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
-
-        def run():
-            ids = torch.ones(1, 8, dtype=torch.long, device=device)
-            model.generate(ids, min_new_tokens=n, max_new_tokens=n, do_sample=False, pad_token_id=0)
-    else:
-        model = Transformer.load(folder, device, torch.bfloat16)
-
-        def run():
-            for _ in generate(model, [[1] * 8], max_new_tokens=n, temperature=0):
-                pass
-
-    run()
-    start = time.perf_counter()
-    run()
-    return n / (time.perf_counter() - start)
-
-
 def bench_gpu(args):
     """The tests on the GPU, training and decoding against peers, one table."""
     device = args.device
     name = torch.cuda.get_device_name() if device == "cuda" else device
     print(f"{name}, PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d')}", flush=True)
     if not args.no_tests:
-        files = [f"tests/test_{stage}.py" for stage in ("model", "optimizer", "train", "sample")]
+        files = [f"tests/test_{stage}.py" for stage in ("model", "optimizer", "train", "decoding", "sample")]
         program = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *files]
         try:
             result = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=200)
@@ -704,11 +805,25 @@ def bench_gpu(args):
             mfu = speed * 3 * config.flops_per_token(T) / gemm
             print(f"{kind:24}{speed:12,.0f} {mfu:6.1%} {memory / 1e9:6.1f}", flush=True)
             machine.forget(device)
-    print("\ndecoding one stream in bfloat16: tokens/s", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        Transformer(config).to(torch.bfloat16).save(Path(folder))
-        for kind in ("transformers", "ours"):
-            print(f"{kind:24}{decoding_speed(folder, kind, device):12,.0f}", flush=True)
+    bandwidth = read_bandwidth(device)
+    print(f"\ndecoding one stream in bfloat16, {bandwidth / 1e9:,.0f} GB/s: tokens/s", flush=True)
+    for shape in args.shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            random_folder(folder, shape, torch.bfloat16)
+            n_bytes = 2 * Config(32000, 1024, **SHAPES[shape]).num_params()
+            for kind in ("transformers", "eager", "graph", "compile"):
+                n = 1000 if kind in ("graph", "compile") else 200
+                try:
+                    run = decoder(folder, kind, device, torch.bfloat16)
+                    run([[1] * 8], n)
+                    start = time.perf_counter()
+                    run([[1] * 8], n)
+                    speed = n / (time.perf_counter() - start)
+                except Exception as error:  # one that fails should not hide the others
+                    print(f"{shape:6} {kind:24}{type(error).__name__}: {str(error)[:200]}", flush=True)
+                    continue
+                share = speed * n_bytes / bandwidth
+                print(f"{shape:6} {kind:24}{speed:10,.0f} {share:6.1%} of the bandwidth", flush=True)
 
 
 # --- kills ---
@@ -794,6 +909,13 @@ def main():
     command.add_argument("--runs", type=int, default=3, help="runs of each (3)")
     command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for each (all)")
     command.set_defaults(bench=bench_train)
+    command = commands.add_parser("sample", help="decoding, one stream and batches")
+    command.add_argument("--peer", metavar="BINARY", help="llama2.c's `run`, with tokenizer.bin beside it")
+    command.add_argument("--runs", type=int, default=5, help="runs of each (5)")
+    command.add_argument("--tokens", type=int, default=200, help="of one stream (200)")
+    command.add_argument("--threads", type=int, default=1, help="for each (1)")
+    command.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], help="rows (1 8 64)")
+    command.set_defaults(bench=bench_sample)
     command = commands.add_parser("ladder", help="what each idea buys, in equal time")
     command.add_argument("--seconds", type=float, default=60, help="for each rung (60)")
     command.add_argument("--runs", type=int, default=3, help="of the whole ladder (3)")
@@ -804,6 +926,7 @@ def main():
     command.add_argument("--rows", type=int, default=32, help="blocks at a time (32)")
     command.add_argument("--block-size", type=int, default=1024, help="tokens of a block (1024)")
     command.add_argument("--no-tests", action="store_true", help="leave out the tests")
+    command.add_argument("--shapes", nargs="+", default=["110 M", "1 B"], choices=SHAPES, help="to decode")
     command.set_defaults(bench=bench_gpu)
     command = commands.add_parser("resume", help="runs that are killed and go on")
     command.add_argument("--kills", type=int, default=20, help="how many (20)")
