@@ -17,6 +17,8 @@ from torch import nn
 
 from model import KVCache
 
+SMALL = 2**18  # numbers in a matrix up to which oneDNN takes longer to begin than it saves
+
 # --- from scores to one token ---
 
 
@@ -105,7 +107,7 @@ def draw(probabilities, generator):
 
 
 class PackedLinear(nn.Module):
-    """A matrix in oneDNN's own order, which a CPU reads twice as fast; for decoding only."""
+    """A matrix in oneDNN's own order, which a CPU reads up to twice as fast; for decoding only."""
 
     def __init__(self, weight, bias):
         super().__init__()
@@ -116,18 +118,20 @@ class PackedLinear(nn.Module):
 
 
 def pack(model):
-    """Replace a model's matrices by packed ones, where that is possible. It can't learn any more."""
+    """Let a CPU read the model's matrices in an order that suits it. The model can't learn any more."""
     weight = model.model.norm.weight
     native = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    usable = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if not usable or not (native or weight.dtype == torch.float32):
         return model
-    if weight.dtype == torch.float32 or native:
-        if model.lm_head is None:
-            model.lm_head = PackedLinear(model.model.embed_tokens.weight, None)
-        for module in list(model.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, PackedLinear(child.weight, child.bias))
+    if model.lm_head is None:
+        model.lm_head = PackedLinear(model.model.embed_tokens.weight, None)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and (native or child.weight.numel() > SMALL):
+                setattr(module, name, PackedLinear(child.weight, child.bias))
+            elif isinstance(child, nn.Linear):
+                child.weight.data = child.weight.data.T.contiguous().T  # column by column
     return model
 
 
@@ -139,33 +143,39 @@ def one_token(model, cache, ids):
 def stepper(model, cache, mode):
     """one_token(model, cache, .) as a function of ids alone, made fast as generate's `mode` says."""
     step = partial(torch.compile(one_token) if mode == "compile" else one_token, model, cache)
-    if mode == "eager":
+    if mode != "eager" and cache.k.is_cuda:
+        step = record(step, cache)
+    elif mode != "compile":
         return step
-    replay = step
-    if cache.k.is_cuda:  # record the hundreds of kernels of a step, then launch all of them by one call
-        ids, lengths, span = cache.lengths.new_zeros(len(cache.lengths)), cache.lengths.clone(), cache.span
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # until all kernels are chosen and loaded; each run forgets the one before
-                step(ids)
-                cache.lengths.copy_(lengths)
-                cache.span = span
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = step(ids)
 
-        def replay(new):
-            ids.copy_(new)
-            graph.replay()
-            return logits
-
-    def run(new):
-        cache.reserve(1)
-        return replay(new)
+    def run(ids):
+        cache.reserve(1)  # a recorded step does not count
+        return step(ids)
 
     return run
+
+
+def record(step, cache):
+    """The hundreds of kernels of a step as a CUDA graph: a step that one call launches as a whole."""
+    ids, lengths, span = torch.zeros_like(cache.lengths), cache.lengths.clone(), cache.span
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # until all kernels are chosen and loaded; what they count is taken back
+            step(ids)
+            cache.lengths.copy_(lengths)
+            cache.span = span
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step(ids)
+
+    def replay(new):
+        ids.copy_(new)
+        graph.replay()
+        return logits
+
+    return replay
 
 
 def to_host(tensors):
@@ -267,6 +277,8 @@ def generate(
         raise ValueError("a prompt needs at least one token")
     device, context = model.model.norm.weight.device, model.config.block_size
     mode = mode or ("graph" if device.type == "cuda" else "eager")
+    if mode not in ("eager", "graph", "compile"):
+        raise ValueError(f"mode {mode!r} is none of eager, graph and compile")
     generator = torch.Generator(device).manual_seed(seed)
     rows, ended = [list(prompt[-context:]) for prompt in prompts], [False] * len(prompts) * n_samples
     tokens = draw_tokens(model, rows, max_new_tokens, n_samples, cache, mode, sampling, generator, vocab_size)

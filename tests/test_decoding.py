@@ -222,7 +222,9 @@ def test_a_given_cache_is_continued_until_it_is_full(model):
 
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"qkv_bias": True}, {"qk_norm": True}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_weights_compute_the_same(tiny_config, changes, dtype):
+@pytest.mark.parametrize("small", [0, 2**18])
+def test_packed_weights_compute_the_same(tiny_config, changes, dtype, small, monkeypatch):
+    monkeypatch.setattr(decoding, "SMALL", small)
     torch.manual_seed(0)
     config = Config(**vars(tiny_config) | changes)
     model = Transformer(config)
@@ -232,7 +234,8 @@ def test_packed_weights_compute_the_same(tiny_config, changes, dtype):
     ids = torch.randint(320, (3, 9))
     expected = model(ids)
     packed = decoding.pack(model)
-    assert isinstance(packed.lm_head, decoding.PackedLinear)
+    is_packed = isinstance(packed.model.layers[0].mlp.up_proj, decoding.PackedLinear)
+    assert is_packed == (small == 0 or dtype == torch.bfloat16)
     tolerance = 1e-5 if dtype == torch.float32 else 0.1  # bfloat16 has three digits
     assert torch.allclose(packed(ids), expected, atol=tolerance)
     assert len(continuation(packed, [1, 2], max_new_tokens=40)) == 40
@@ -245,6 +248,14 @@ def test_a_dtype_that_cannot_be_packed_stays_as_it_is(model):
 def test_a_compiled_step_draws_the_same(model):
     plain = list(generate(model, [[1, 2, 3], [4]], max_new_tokens=50, temperature=0))
     assert list(generate(model, [[1, 2, 3], [4]], max_new_tokens=50, temperature=0, mode="compile")) == plain
+
+
+def test_without_a_gpu_a_graph_is_the_plain_step(model):
+    plain = list(generate(model, [[1, 2, 3]], max_new_tokens=50, seed=1, mode="eager"))
+    if not torch.cuda.is_available():
+        assert list(generate(model, [[1, 2, 3]], max_new_tokens=50, seed=1, mode="graph")) == plain
+    with pytest.raises(ValueError, match="none of eager, graph and compile"):
+        next(generate(model, [[1]], mode="fast"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
