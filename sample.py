@@ -14,6 +14,7 @@ import argparse
 import codecs
 import json
 import os
+import select
 import sys
 import time
 from contextlib import suppress
@@ -30,6 +31,7 @@ from tokenizer import Tokenizer
 OUT = Path(__file__).resolve().parent / "out"
 # where a text begins that has not been given: by the name of the data
 PROMPTS = {"pystdlib": "def ", "shakespeare": "ROMEO:\n", "tinystories": "Once upon a time"}
+PIPE_SECONDS = 3  # some programs give their children a pipe into which nothing ever comes
 
 
 # --- from ids to text ---
@@ -146,7 +148,7 @@ class Chat:
             self.read = (ids + said)[: self.cache.span]
 
 
-def converse(model, tokenizer, ends, **settings):
+def converse(model, tokenizer, ends, seed, **settings):
     """Answer what is typed, line by line, until /quit or the end of the input; /reset forgets everything."""
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  gives input() its line editing and history
@@ -166,7 +168,7 @@ def converse(model, tokenizer, ends, **settings):
             chat = Chat(model, tokenizer)
         elif text.strip():
             with suppress(KeyboardInterrupt):
-                for piece in chat.answer(text, stop_ids=stop_ids, **settings):
+                for piece in chat.answer(text, stop_ids=stop_ids, seed=seed + len(chat.turns), **settings):
                     print(piece, end="", flush=True)
             print(flush=True)
 
@@ -228,7 +230,8 @@ def answer_file(model, tokenizer, path, output, batch_size, generate, stops):
     if too_long := sum(len(prompt) > model.config.block_size for prompt in prompts):
         print(f"{too_long} prompts are cut to their last {model.config.block_size} tokens", file=sys.stderr)
     todo = [i for i in range(rank, len(records), world) if i not in answers]
-    print(f"{len(answers):,} of {len(records):,} prompts were answered before", file=sys.stderr)
+    if answers:
+        print(f"{len(answers):,} of {len(records):,} prompts were answered before", file=sys.stderr)
     with open(f"{output}.part{rank}", "a", encoding="utf-8") as part:
         part.write("\n" if part.tell() else "")  # after a line that was cut off
         for done in range(0, len(todo), batch_size):
@@ -316,7 +319,14 @@ def read_prompt(args, folder):
         return args.prompt
     if args.prompt_file:
         return Path(args.prompt_file).read_text(encoding="utf-8").removesuffix("\n")
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
+    piped = ""
+    if sys.stdin and not sys.stdin.isatty():
+        if os.name == "nt" or select.select([sys.stdin], [], [], PIPE_SECONDS)[0]:
+            piped = sys.stdin.read().removesuffix("\n")
+        else:
+            print(
+                f"no prompt came in {PIPE_SECONDS} s; --prompt-file /dev/stdin waits longer", file=sys.stderr
+            )
     suits = (prompt for name, prompt in PROMPTS.items() if folder.resolve().name.startswith(name))
     return piped or next(suits, "")
 

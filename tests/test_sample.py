@@ -322,6 +322,14 @@ def test_a_prompt_may_come_from_a_file_or_a_pipe(folder, tmp_path):
     assert run("--model", folder, *GREEDY, input="the dog\n").stdout == shown
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no select for pipes")
+def test_a_pipe_into_which_nothing_comes_does_not_hold_up_the_text(folder):
+    silent, _ = os.pipe()
+    result = run("--model", folder, *GREEDY, stdin=silent)
+    assert result.returncode == 0 and result.stdout
+    assert "no prompt came in 3 s" in result.stderr
+
+
 def test_several_samples_are_set_apart_and_stop_strings_not_shown(folder):
     result = run("--model", folder, "--prompt", "the", "-n", 3, "--max-new-tokens", 5, "--stop", "\n---\n")
     assert result.stdout.count("\n---\n") == 2
