@@ -17,7 +17,7 @@ from torch import nn
 
 from model import KVCache
 
-SMALL = 2**18  # numbers in a matrix up to which oneDNN takes longer to begin than it saves
+SMALL = 2**18  # numbers in a matrix up to which, for one row, oneDNN takes longer to begin than it saves
 
 # --- from scores to one token ---
 
@@ -112,26 +112,27 @@ class PackedLinear(nn.Module):
     def __init__(self, weight, bias):
         super().__init__()
         self.packed, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach()), bias
+        small = weight.dtype == torch.float32 and weight.numel() <= SMALL
+        self.columns = weight.detach().T.contiguous().T if small else None
 
     def forward(self, x):
+        if self.columns is not None and x.numel() == x.size(-1):  # one row
+            return nn.functional.linear(x, self.columns, self.bias)
         return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
 
 
 def pack(model):
-    """Let a CPU read the model's matrices in an order that suits it. The model can't learn any more."""
+    """Replace the matrices of a model on a CPU by packed ones. It can't learn any more."""
     weight = model.model.norm.weight
     native = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     usable = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if not usable or not (native or weight.dtype == torch.float32):
-        return model
-    if model.lm_head is None:
-        model.lm_head = PackedLinear(model.model.embed_tokens.weight, None)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and (native or child.weight.numel() > SMALL):
-                setattr(module, name, PackedLinear(child.weight, child.bias))
-            elif isinstance(child, nn.Linear):
-                child.weight.data = child.weight.data.T.contiguous().T  # column by column
+    if usable and (native or weight.dtype == torch.float32):
+        if model.lm_head is None:
+            model.lm_head = PackedLinear(model.model.embed_tokens.weight, None)
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, PackedLinear(child.weight, child.bias))
     return model
 
 
@@ -214,6 +215,7 @@ def draw_tokens(model, rows, room, n_samples, cache, mode, sampling, generator, 
     room: how many tokens besides the prompts a cache that is made here should hold, if the context allows.
     """
     device, context, given = model.model.norm.weight.device, model.config.block_size, cache
+    penalty = sampling.repetition_penalty
     while True:
         lengths = [len(row) for row in rows]
         longest = max(lengths)
@@ -227,23 +229,24 @@ def draw_tokens(model, rows, room, n_samples, cache, mode, sampling, generator, 
         cache.truncate([held + n for n in lengths])
         x = x[range(len(rows)), [n - 1 for n in lengths]]  # (B, C), at each row's last token
         logits = model.head(x)[:, :vocab_size]
-        seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=device)
-        seen.scatter_(1, ids, True)
         if n_samples > 1:  # a single prefill serves them all
             cache, rows = cache.repeat(n_samples), [row for row in rows for _ in range(n_samples)]
-            logits, seen = logits.repeat_interleave(n_samples, 0), seen.repeat_interleave(n_samples, 0)
+            logits, ids = logits.repeat_interleave(n_samples, 0), ids.repeat_interleave(n_samples, 0)
             n_samples = 1
-        step, drawn = stepper(model, cache, mode), []
+        seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=device)
+        step, drawn = None, []
         while True:
-            if sampling.repetition_penalty != 1:
-                logits = penalize(logits, seen[:, :vocab_size], sampling.repetition_penalty)
+            if penalty != 1:
+                seen.scatter_(1, ids, True)
+                logits = penalize(logits, seen[:, :vocab_size], penalty)
             greedy = sampling.temperature == 0
             new = logits.argmax(-1) if greedy else draw(probabilities_of(logits, sampling), generator)
-            seen.scatter_(1, new[:, None], True)
+            ids = new[:, None]
             drawn.append(new)
             yield new
             if cache.span == cache.max_len:
                 break
+            step = step or stepper(model, cache, mode)
             logits = step(new)[:, :vocab_size]
         if given is not None:
             return

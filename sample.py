@@ -197,20 +197,20 @@ def read_records(path):
 
 
 def read_answers(output):
-    """{index: record} of all that was answered by now: in `output` or, unfinished, in the parts beside it."""
+    """{index: answer} of all that was answered by now: in `output` or, unfinished, in the parts beside it."""
     answers = {}
     for path in [output, *output.parent.glob(output.name + ".part*")]:
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
         for line in lines:
             try:
                 record = json.loads(line)
-                answers[record["index"]] = record
+                answers[record["line"] - 1] = record
             except (KeyError, TypeError, ValueError):  # cut off when the process was killed
                 continue
     return answers
 
 
-def answer_file(model, tokenizer, path, output, batch_size, generate, stops):
+def answer_file(model, tokenizer, path, output, batch_size, go_on, stops):
     """Answer a file of prompts; the answers get into `output` in the same order, once all are there.
 
     Until then each process of torchrun, or the only one, adds them to a part file of its own. What is there
@@ -219,7 +219,7 @@ def answer_file(model, tokenizer, path, output, batch_size, generate, stops):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     records, answers, start = read_records(path), read_answers(output), time.perf_counter()
     for i, answer in answers.items():
-        if i >= len(records) or {"index": i} | records[i] | {"completion": answer["completion"]} != answer:
+        if i not in range(len(records)) or answer != answer | records[i] | {"line": i + 1}:
             raise ValueError(f"{output} answers other prompts than {path}: choose another --output")
     prompts = [
         to_prompt(tokenizer, record["prompt"])
@@ -236,9 +236,9 @@ def answer_file(model, tokenizer, path, output, batch_size, generate, stops):
         part.write("\n" if part.tell() else "")  # after a line that was cut off
         for done in range(0, len(todo), batch_size):
             batch = todo[done : done + batch_size]
-            rows = zip(*write(tokenizer, generate([prompts[i] for i in batch]), stops))
+            rows = zip(*write(tokenizer, go_on([prompts[i] for i in batch]), stops))
             for i, pieces in zip(batch, rows):
-                answer = {"index": i} | records[i] | {"completion": "".join(pieces)}
+                answer = records[i] | {"line": i + 1, "completion": "".join(pieces)}
                 part.write(json.dumps(answer, ensure_ascii=False) + "\n")
             part.flush()
             n, seconds = done + len(batch), time.perf_counter() - start
@@ -287,7 +287,7 @@ def end_ids(folder, tokenizer):
     return set(tokenizer.special_tokens.values())
 
 
-def show_samples(tokenizer, prompt, ids, generate, stops):
+def show_samples(tokenizer, prompt, ids, go_on, stops):
     """Print the prompt and what follows: the first sample as it is made, then the others and the speed."""
     start, first, n_made, texts = time.perf_counter(), None, 0, []
 
@@ -300,7 +300,7 @@ def show_samples(tokenizer, prompt, ids, generate, stops):
 
     print(prompt, end="", flush=True)
     try:
-        for pieces in write(tokenizer, count(generate([ids])), stops):
+        for pieces in write(tokenizer, count(go_on([ids])), stops):
             print(pieces[0], end="", flush=True)
             texts = [text + piece for text, piece in zip(texts or [""] * len(pieces), pieces)]
         for text in texts[1:]:
@@ -388,22 +388,22 @@ def main():
     settings |= sampling | (dict(mode="compile") if args.compile else {})
     if args.chat:
         return converse(model, tokenizer, ends, stops=args.stop, **settings)
-    continued = partial(generate, model, stop_ids=ends, **settings)
+    go_on = partial(generate, model, stop_ids=ends, **settings)
     if args.prompts:
         output = Path(args.output)
-        return answer_file(model, tokenizer, args.prompts, output, args.batch_size, continued, args.stop)
+        return answer_file(model, tokenizer, args.prompts, output, args.batch_size, go_on, args.stop)
     if args.draft:
         draft, its_tokenizer = load(args.draft, device, dtype)
         if its_tokenizer.fingerprint != tokenizer.fingerprint:
             raise ValueError(f"{args.draft} has another vocabulary than {folder}: its guesses are of no use")
-        continued = partial(speculate, model, draft=draft, stop_ids=ends, **settings)
+        go_on = partial(speculate, model, draft=draft, stop_ids=ends, **settings)
     else:
-        continued = partial(continued, n_samples=args.n)
+        go_on = partial(go_on, n_samples=args.n)
     prompt = read_prompt(args, folder)
     ids = to_prompt(tokenizer, prompt)
     if len(ids) > context:
         print(f"the prompt has {len(ids):,} tokens: it is cut to its last {context:,}", file=sys.stderr)
-    show_samples(tokenizer, prompt, ids, continued, args.stop)
+    show_samples(tokenizer, prompt, ids[-context:], go_on, args.stop)
 
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ def test_a_file_of_prompts_is_answered_in_its_order(folder, prompts, tmp_path, m
     assert result.stdout == "" and "0:00:00 left" in result.stderr
     answers = answers_in(output)
     for i, (record, answer) in enumerate(zip(answers_in(prompts), answers, strict=True)):
-        assert answer == {"index": i} | record | {"completion": answer["completion"]}
+        assert answer == record | {"line": i + 1, "completion": answer["completion"]}
         if "prompt" in record:
             ids = stage.to_prompt(tokenizer, record["prompt"])
         else:
@@ -255,12 +255,12 @@ def test_a_file_of_prompts_is_answered_in_its_order(folder, prompts, tmp_path, m
 def test_what_was_answered_before_a_kill_is_kept(folder, prompts, tmp_path):
     output, part = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.part0"
     records = answers_in(prompts)
-    kept = {"index": 1} | records[1] | {"completion": "kept"}
-    part.write_text(json.dumps(kept) + '\n{"index": 2, "prompt": "the c', encoding="utf-8")
+    kept = records[1] | {"line": 2, "completion": "kept"}
+    part.write_text(json.dumps(kept) + '\n{"line": 3, "prompt": "the c', encoding="utf-8")
     result = run("--model", folder, "--prompts", prompts, "--output", output, *GREEDY)
     assert result.returncode == 0, result.stderr
     assert "1 of 7 prompts were answered before" in result.stderr
-    assert [answer["index"] for answer in answers_in(output)] == list(range(7))
+    assert [answer["line"] for answer in answers_in(output)] == list(range(1, 8))
     assert answers_in(output)[1] == kept
     assert not part.exists()
 
@@ -274,7 +274,7 @@ def test_two_processes_share_the_prompts(folder, prompts, tmp_path):
         for rank in range(2)
     ]
     assert [process.wait() for process in processes] == [0, 0]
-    assert [answer["index"] for answer in answers_in(output)] == list(range(7))
+    assert [answer["line"] for answer in answers_in(output)] == list(range(1, 8))
     assert not list(tmp_path.glob("*.part*")) and not list(tmp_path.glob("*.unfinished*"))
 
 
@@ -298,7 +298,7 @@ def test_a_bad_line_is_named_before_anything_is_answered(tmp_path, line):
 
 def test_answers_to_other_prompts_are_not_mixed_in(folder, prompts, tmp_path):
     output = tmp_path / "answers.jsonl"
-    output.write_text('{"index": 0, "prompt": "another", "completion": "x"}\n')
+    output.write_text('{"line": 1, "prompt": "another", "completion": "x"}\n')
     result = run("--model", folder, "--prompts", prompts, "--output", output)
     assert result.returncode == 2 and "answers other prompts" in result.stderr
     assert "another" in output.read_text()
