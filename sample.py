@@ -200,17 +200,20 @@ def read_answers(output):
     """{index: answer} of all that was answered by now: in `output` or, unfinished, in the parts beside it."""
     answers = {}
     for path in [output, *output.parent.glob(output.name + ".part*")]:
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-        for line in lines:
+        lines = []
+        with suppress(FileNotFoundError):  # there is none yet, or another process has just removed it
+            lines = path.read_text(encoding="utf-8").split("\n")
+        for line in filter(None, lines):
             try:
-                record = json.loads(line)
-                answers[record["line"] - 1] = record
+                answer = json.loads(line)
+                answers[answer["line"] - 1] = answer
             except (KeyError, TypeError, ValueError):  # cut off when the process was killed
-                continue
+                if path == output:
+                    raise ValueError(f"{output} holds something else than answers: {line:.60}") from None
     return answers
 
 
-def answer_file(model, tokenizer, path, output, batch_size, go_on, stops):
+def answer_file(model, tokenizer, path, output, batch_size, go_on, seed, stops):
     """Answer a file of prompts; the answers get into `output` in the same order, once all are there.
 
     Until then each process of torchrun, or the only one, adds them to a part file of its own. What is there
@@ -230,13 +233,14 @@ def answer_file(model, tokenizer, path, output, batch_size, go_on, stops):
     if too_long := sum(len(prompt) > model.config.block_size for prompt in prompts):
         print(f"{too_long} prompts are cut to their last {model.config.block_size} tokens", file=sys.stderr)
     todo = [i for i in range(rank, len(records), world) if i not in answers]
-    if answers:
-        print(f"{len(answers):,} of {len(records):,} prompts were answered before", file=sys.stderr)
+    before = f", {len(answers):,} were answered before" if answers else ""
+    print(f"{len(todo):,} prompts to answer{before}; after a stop the same command goes on", file=sys.stderr)
     with open(f"{output}.part{rank}", "a", encoding="utf-8") as part:
         part.write("\n" if part.tell() else "")  # after a line that was cut off
         for done in range(0, len(todo), batch_size):
             batch = todo[done : done + batch_size]
-            rows = zip(*write(tokenizer, go_on([prompts[i] for i in batch]), stops))
+            steps = go_on([prompts[i] for i in batch], seed=seed + batch[0])
+            rows = list(zip(*write(tokenizer, steps, stops))) or [""] * len(batch)  # each ended at once
             for i, pieces in zip(batch, rows):
                 answer = records[i] | {"line": i + 1, "completion": "".join(pieces)}
                 part.write(json.dumps(answer, ensure_ascii=False) + "\n")
@@ -281,7 +285,10 @@ def load(folder, device="cpu", dtype=None):
 def end_ids(folder, tokenizer):
     """The ids that end a text: of generation_config.json or config.json, else all special tokens."""
     for path in (Path(folder) / "generation_config.json", Path(folder) / "config.json"):
-        ends = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else None
+        try:
+            ends = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else None
+        except (AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
         if ends is not None:
             return set(ends if isinstance(ends, list) else [ends])
     return set(tokenizer.special_tokens.values())
@@ -391,7 +398,9 @@ def main():
     go_on = partial(generate, model, stop_ids=ends, **settings)
     if args.prompts:
         output = Path(args.output)
-        return answer_file(model, tokenizer, args.prompts, output, args.batch_size, go_on, args.stop)
+        return answer_file(
+            model, tokenizer, args.prompts, output, args.batch_size, go_on, args.seed, args.stop
+        )
     if args.draft:
         draft, its_tokenizer = load(args.draft, device, dtype)
         if its_tokenizer.fingerprint != tokenizer.fingerprint:

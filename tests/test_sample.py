@@ -248,7 +248,7 @@ def test_a_file_of_prompts_is_answered_in_its_order(folder, prompts, tmp_path, m
         assert answer["completion"] == "".join(alone)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "model", "prompts.jsonl"]
     again = run("--model", folder, "--prompts", prompts, "--output", output, *GREEDY)
-    assert again.returncode == 0 and "7 of 7 prompts were answered before" in again.stderr
+    assert again.returncode == 0 and "0 prompts to answer, 7 were answered before" in again.stderr
     assert answers_in(output) == answers
 
 
@@ -259,7 +259,7 @@ def test_what_was_answered_before_a_kill_is_kept(folder, prompts, tmp_path):
     part.write_text(json.dumps(kept) + '\n{"line": 3, "prompt": "the c', encoding="utf-8")
     result = run("--model", folder, "--prompts", prompts, "--output", output, *GREEDY)
     assert result.returncode == 0, result.stderr
-    assert "1 of 7 prompts were answered before" in result.stderr
+    assert "6 prompts to answer, 1 were answered before" in result.stderr
     assert [answer["line"] for answer in answers_in(output)] == list(range(1, 8))
     assert answers_in(output)[1] == kept
     assert not part.exists()
@@ -276,6 +276,28 @@ def test_two_processes_share_the_prompts(folder, prompts, tmp_path):
     assert [process.wait() for process in processes] == [0, 0]
     assert [answer["line"] for answer in answers_in(output)] == list(range(1, 8))
     assert not list(tmp_path.glob("*.part*")) and not list(tmp_path.glob("*.unfinished*"))
+
+
+def test_equal_prompts_in_different_batches_get_answers_of_their_own(folder, tmp_path):
+    (tmp_path / "p.txt").write_text("the\n" * 6)
+    output = tmp_path / "a.jsonl"
+    result = run("--model", folder, "--prompts", tmp_path / "p.txt", "--output", output, "--batch-size", 2)
+    assert result.returncode == 0, result.stderr
+    assert len({answer["completion"] for answer in answers_in(output)}) == 6
+
+
+def test_prompts_that_end_at_once_are_answered_too(folder, prompts, tmp_path):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(320))}))
+    output = tmp_path / "a.jsonl"
+    assert run("--model", folder, "--prompts", prompts, "--output", output).returncode == 0
+    assert [answer["completion"] for answer in answers_in(output)] == [""] * 7
+
+
+def test_a_file_that_holds_something_else_is_not_overwritten(folder, prompts):
+    before = prompts.read_text()
+    result = run("--model", folder, "--prompts", prompts, "--output", prompts)
+    assert result.returncode == 2 and "holds something else than answers" in result.stderr
+    assert prompts.read_text() == before
 
 
 def test_lines_of_a_text_file_are_prompts(tmp_path):
