@@ -30,19 +30,20 @@ class Sampling:
     top_k: int = 0  # draw from the k likeliest tokens; 0: from all
     top_p: float = 0.9  # draw from the likeliest tokens that together reach this probability
     min_p: float = 0.0  # draw from tokens that have at least this share of the likeliest one's probability
-    repetition_penalty: float = 1.0  # above 1: what the text holds already becomes less likely
+    repetition_penalty: float = 1.0  # above 1: tokens that were read or drawn before become less likely
 
     def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
+        least = 1e-30  # below it a float32 may become zero
+        if self.temperature != 0 and not least <= self.temperature < math.inf:
             raise ValueError(f"temperature {self.temperature} must be 0, for the likeliest token, or above")
         if not isinstance(self.top_k, int) or self.top_k < 0:
             raise ValueError(f"top-k {self.top_k} must be a number of tokens, or 0 for all")
-        if not 0 < self.top_p <= 1:
+        if not least <= self.top_p <= 1:
             raise ValueError(f"top-p {self.top_p} is outside (0, 1]")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min-p {self.min_p} is outside [0, 1]")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition penalty {self.repetition_penalty} must be above 0")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise ValueError(f"repetition penalty {self.repetition_penalty} is outside [0.01, 100]")
 
 
 def penalize(logits, seen, penalty):
@@ -224,9 +225,9 @@ def draw_tokens(model, rows, room, n_samples, cache, mode, sampling, generator, 
         if given is None:
             size = min(max(context, longest), longest + room)
             cache = make_cache(model, len(rows), size)
-        held = cache.span
+        held = cache.lengths.tolist()
         x = model.hidden(ids, cache)  # (B, longest, C)
-        cache.truncate([held + n for n in lengths])
+        cache.truncate([h + n for h, n in zip(held, lengths)])
         x = x[range(len(rows)), [n - 1 for n in lengths]]  # (B, C), at each row's last token
         logits = model.head(x)[:, :vocab_size]
         if n_samples > 1:  # a single prefill serves them all
@@ -272,12 +273,14 @@ def generate(
     Rows are the n_samples of the first prompt, then those of the second ... A row that draws one of stop_ids
     has ended: from then on it yields None. Ids from vocab_size on are never drawn; sampling are the fields of
     Sampling. A row that outgrows the context goes on from its last half. With a cache, prompts continue what
-    it holds, until it is full. mode: "eager", "graph" (one CUDA graph a step, the default on a GPU) or
+    each row holds, until it is full. mode: "eager", "graph" (one CUDA graph a step, the default on a GPU) or
     "compile" (with fused kernels). Unusable settings raise ValueError.
     """
     sampling = Sampling(**sampling)
-    if not prompts or not all(prompts):
-        raise ValueError("a prompt needs at least one token")
+    if not prompts or not all(prompts) or n_samples < 1:
+        raise ValueError("generate needs a prompt, of at least one token, and a sample")
+    if cache is not None and len(cache.lengths) != len(prompts):
+        raise ValueError(f"a cache of {len(cache.lengths)} rows does not go with {len(prompts)} prompts")
     device, context = model.model.norm.weight.device, model.config.block_size
     mode = mode or ("graph" if device.type == "cuda" else "eager")
     if mode not in ("eager", "graph", "compile"):
@@ -312,7 +315,8 @@ def speculate(
     """generate for one prompt, in fewer steps of the model: a smaller draft guesses n_draft tokens ahead.
 
     The model reads all guesses at once, which takes hardly longer than one, and keeps those that `accept`
-    lets stand. The tokens have the model's own distribution; greedy ones are the same.
+    lets stand. The tokens have the model's own distribution; greedy ones are the same (but for a draft of a
+    shorter context, which shortens the model's).
     """
     sampling, (prompt,) = Sampling(**sampling), prompts
     if sampling.repetition_penalty != 1:
@@ -327,14 +331,14 @@ def speculate(
 
     ids = list(prompt[-context:])
     while made < max_new_tokens:
-        if not caches or len(ids) + n_draft > context:
-            ids = ids[-context // 2 :] if len(ids) + n_draft > context else ids
+        if not caches or len(ids) > context:  # as in draw_tokens
+            ids = ids[-max(1, context // 2) :] if len(ids) > context else ids
             caches = [make_cache(reader, 1, context) for reader in (model, draft)]
         proposed, q = [], []
-        for _ in range(n_draft):
+        for _ in range(min(n_draft, context - len(ids))):
             q.append(read(draft, caches[1], ids + proposed, 1)[0])
             proposed += draw(q[-1][None], generator).tolist()
-        p = read(model, caches[0], ids + proposed, n_draft + 1)
+        p = read(model, caches[0], ids + proposed, len(proposed) + 1)
         for new in accept(p, q, proposed, generator)[: max_new_tokens - made]:
             if new in stop_ids:
                 return

@@ -14,6 +14,7 @@ import argparse
 import codecs
 import json
 import os
+import re
 import select
 import sys
 import time
@@ -31,6 +32,7 @@ from tokenizer import Tokenizer
 OUT = Path(__file__).resolve().parent / "out"
 # where a text begins that has not been given: by the name of the data
 PROMPTS = {"pystdlib": "def ", "shakespeare": "ROMEO:\n", "tinystories": "Once upon a time"}
+PLAIN = dict(encoding="utf-8-sig", errors="replace")  # stray bytes of a prompt are read as U+FFFD
 PIPE_SECONDS = 3  # some programs give their children a pipe into which nothing ever comes
 
 
@@ -143,13 +145,16 @@ class Chat:
             steps = generate(self.model, [ids[same:]], cache=self.cache, **settings)
             for (piece,) in write(tokenizer, note(steps), stops):
                 yield piece
+            if self.cache.span == self.cache.max_len:
+                print("(the context is full)", file=sys.stderr)
         finally:  # also when Ctrl-C cut the answer short
             self.turns.append([*said, tokenizer.special_tokens["<|im_end|>"], *tokenizer.encode("\n")])
-            self.read = (ids + said)[: self.cache.span]
+            self.read = ids + said[:-1] if said else ids[:same]  # never more than all layers have read
 
 
 def converse(model, tokenizer, ends, seed, **settings):
     """Answer what is typed, line by line, until /quit or the end of the input; /reset forgets everything."""
+    render(tokenizer, [])  # or there is no point in waiting for a question
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  gives input() its line editing and history
     if tokenizer.special_tokens.get("<|im_end|>") not in ends:
@@ -177,39 +182,51 @@ def converse(model, tokenizer, ends, seed, **settings):
 
 
 def read_records(path):
-    """The prompts of a file: .txt, one a line, or .jsonl with `prompt` or `messages`. ValueError: a line."""
-    *lines, last = Path(path).read_text(encoding="utf-8").split("\n")
-    lines += [last] if last else []
+    """{line number: prompt} of a .txt, one a line, or of a .jsonl with `prompt` or `messages`.
+
+    ValueError: names a line that is neither.
+    """
+    *lines, last = Path(path).read_text(**PLAIN).split("\n")
+    numbered = enumerate(lines + [last] if last else lines, 1)
     if Path(path).suffix != ".jsonl":
-        return [{"prompt": line} for line in lines]
-    records = []
-    for number, line in enumerate(lines, 1):
+        return {number: {"prompt": line} for number, line in numbered}
+    records = {}
+    for number, line in numbered:
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
             texts = [record["prompt"]] if "prompt" in record else []
             texts += [message[key] for message in record.get("messages", []) for key in ("role", "content")]
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise ValueError('it needs "prompt", a text, or "messages", each with "role" and "content"')
+            if taken := {"line", "completion"} & record.keys():
+                raise ValueError(f"the answers need the name {min(taken)!r} for themselves")
+            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair cannot be written
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: {error!r:.150}") from None
-        records.append(record)
+        records[number] = record
     return records
 
 
+def parts_of(output):
+    """The files beside `output` in which processes keep answers until all are there."""
+    name = re.compile(re.escape(output.name) + r"\.part\d+")
+    return [path for path in output.parent.iterdir() if name.fullmatch(path.name)]
+
+
 def read_answers(output):
-    """{index: answer} of all that was answered by now: in `output` or, unfinished, in the parts beside it."""
+    """{line number: answer} of all that was answered by now."""
     answers = {}
-    for path in [output, *output.parent.glob(output.name + ".part*")]:
-        lines = []
+    for path in [output, *parts_of(output)]:
         with suppress(FileNotFoundError):  # there is none yet, or another process has just removed it
-            lines = path.read_text(encoding="utf-8").split("\n")
-        for line in filter(None, lines):
-            try:
-                answer = json.loads(line)
-                answers[answer["line"] - 1] = answer
-            except (KeyError, TypeError, ValueError):  # cut off when the process was killed
-                if path == output:
-                    raise ValueError(f"{output} holds something else than answers: {line:.60}") from None
+            for line in filter(None, path.read_text(encoding="utf-8", errors="replace").split("\n")):
+                try:
+                    answer = json.loads(line)
+                    answers[answer["line"]] = answer
+                except (KeyError, TypeError, ValueError):  # cut off when the process was killed
+                    if path == output:
+                        raise ValueError(f"{output} holds something else than answers: {line:.60}") from None
     return answers
 
 
@@ -220,29 +237,30 @@ def answer_file(model, tokenizer, path, output, batch_size, go_on, seed, stops):
     is not answered again.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if output.exists() and not output.is_file():
+        raise ValueError(f"{output} is no file")
     records, answers, start = read_records(path), read_answers(output), time.perf_counter()
-    for i, answer in answers.items():
-        if i not in range(len(records)) or answer != answer | records[i] | {"line": i + 1}:
+    for number, answer in answers.items():
+        if number not in records or answer != answer | records[number]:
             raise ValueError(f"{output} answers other prompts than {path}: choose another --output")
-    prompts = [
-        to_prompt(tokenizer, record["prompt"])
-        if "prompt" in record
-        else render(tokenizer, record["messages"], answer=True)[0]
-        for record in records
-    ]
-    if too_long := sum(len(prompt) > model.config.block_size for prompt in prompts):
+
+    def to_ids(prompt=None, messages=(), **_):
+        return to_prompt(tokenizer, prompt) if prompt is not None else render(tokenizer, messages, True)[0]
+
+    prompts = {number: to_ids(**record) for number, record in records.items()}
+    if too_long := sum(len(prompt) > model.config.block_size for prompt in prompts.values()):
         print(f"{too_long} prompts are cut to their last {model.config.block_size} tokens", file=sys.stderr)
-    todo = [i for i in range(rank, len(records), world) if i not in answers]
+    todo = [number for number in list(records)[rank::world] if number not in answers]
     before = f", {len(answers):,} were answered before" if answers else ""
     print(f"{len(todo):,} prompts to answer{before}; after a stop the same command goes on", file=sys.stderr)
     with open(f"{output}.part{rank}", "a", encoding="utf-8") as part:
         part.write("\n" if part.tell() else "")  # after a line that was cut off
         for done in range(0, len(todo), batch_size):
             batch = todo[done : done + batch_size]
-            steps = go_on([prompts[i] for i in batch], seed=seed + batch[0])
+            steps = go_on([prompts[number] for number in batch], seed=seed + batch[0])
             rows = list(zip(*write(tokenizer, steps, stops))) or [""] * len(batch)  # each ended at once
-            for i, pieces in zip(batch, rows):
-                answer = records[i] | {"line": i + 1, "completion": "".join(pieces)}
+            for number, pieces in zip(batch, rows):
+                answer = records[number] | {"line": number, "completion": "".join(pieces)}
                 part.write(json.dumps(answer, ensure_ascii=False) + "\n")
             part.flush()
             n, seconds = done + len(batch), time.perf_counter() - start
@@ -252,10 +270,10 @@ def answer_file(model, tokenizer, path, output, batch_size, go_on, seed, stops):
     answers = read_answers(output)
     if len(answers) == len(records):  # of several processes, the last one sees that
         unfinished = output.with_name(f"{output.name}.unfinished{rank}")
-        lines = [json.dumps(answers[i], ensure_ascii=False) + "\n" for i in sorted(answers)]
+        lines = [json.dumps(answers[number], ensure_ascii=False) + "\n" for number in sorted(answers)]
         unfinished.write_text("".join(lines), encoding="utf-8")
         os.replace(unfinished, output)
-        for path in output.parent.glob(output.name + ".part*"):
+        for path in parts_of(output):
             path.unlink(missing_ok=True)
         print(f"{output}: {len(answers):,} answers", file=sys.stderr)
 
@@ -277,8 +295,6 @@ def load(folder, device="cpu", dtype=None):
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
     model = pack(Transformer.load(folder, device, dtype))
-    if not (folder / "tokenizer.json").exists():
-        raise ValueError(f"{folder} has no tokenizer.json")
     return model, Tokenizer.load(folder / "tokenizer.json")
 
 
@@ -310,9 +326,9 @@ def show_samples(tokenizer, prompt, ids, go_on, stops):
         for pieces in write(tokenizer, count(go_on([ids])), stops):
             print(pieces[0], end="", flush=True)
             texts = [text + piece for text, piece in zip(texts or [""] * len(pieces), pieces)]
+    finally:  # also after Ctrl-C
         for text in texts[1:]:
             print(f"\n\n---\n\n{prompt}{text}", end="")
-    finally:  # also after Ctrl-C
         print(flush=True)
         now, first = time.perf_counter(), first or time.perf_counter()
         read, made = len(ids) / (first - start), max(0, n_made - max(1, len(texts))) / max(1e-9, now - first)
@@ -325,7 +341,7 @@ def read_prompt(args, folder):
     if args.prompt is not None:
         return args.prompt
     if args.prompt_file:
-        return Path(args.prompt_file).read_text(encoding="utf-8").removesuffix("\n")
+        return Path(args.prompt_file).read_text(**PLAIN).removesuffix("\n")
     piped = ""
     if sys.stdin and not sys.stdin.isatty():
         if os.name == "nt" or select.select([sys.stdin], [], [], PIPE_SECONDS)[0]:
@@ -344,11 +360,13 @@ def parse_arguments():
     add("--model", metavar="DIR", help="model folder (the newest under out/)")
     add("-n", type=int, default=1, help="number of samples (1)")
     add("--max-new-tokens", type=int, default=256, help="length of a sample (256)")
-    add("--chat", action="store_true", help="converse")
-    add = parser.add_argument_group("what to go on with").add_argument
+    group = parser.add_argument_group("what to go on with")
+    add = group.add_mutually_exclusive_group().add_argument
     add("--prompt", help="a text; an empty one begins a new document (what suits the data)")
     add("--prompt-file", metavar="FILE", help="a file with the text; a text may also come from a pipe")
+    add("--chat", action="store_true", help="what you type, in turns")
     add("--prompts", metavar="FILE", help="many: .txt, one a line, or .jsonl with `prompt` or `messages`")
+    add = group.add_argument
     add("--output", metavar="FILE", help="the .jsonl for their answers; the same command again goes on")
     add("--batch-size", type=int, default=16, help="prompts at a time (16)")
     add = parser.add_argument_group("how a token is drawn").add_argument
@@ -371,13 +389,17 @@ def parse_arguments():
         raise ValueError("a --stop without text would end every text at once")
     if bool(args.prompts) != bool(args.output):
         raise ValueError("--prompts FILE and --output FILE go together")
-    if args.draft and (args.prompts or args.chat or args.n > 1):
-        raise ValueError("--draft goes with one sample of one prompt")
+    if (args.n > 1 or args.draft) and (args.prompts or args.chat):
+        raise ValueError("-n and --draft are for one prompt, not for --prompts or --chat")
+    if args.draft and (args.n > 1 or args.compile or args.repetition_penalty != 1):
+        raise ValueError("--draft does not go with -n, --compile or --repetition-penalty")
     return args
 
 
 def main():
     args = parse_arguments()
+    for stream in filter(None, (sys.stdin, sys.stdout)):
+        stream.reconfigure(errors="replace")  # no odd character should end a text
     sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
     sampling |= dict(repetition_penalty=args.repetition_penalty)
     Sampling(**sampling)  # a mistake should not have to wait for the model
@@ -397,7 +419,7 @@ def main():
         return converse(model, tokenizer, ends, stops=args.stop, **settings)
     go_on = partial(generate, model, stop_ids=ends, **settings)
     if args.prompts:
-        output = Path(args.output)
+        output = Path(args.output).resolve()
         return answer_file(
             model, tokenizer, args.prompts, output, args.batch_size, go_on, args.seed, args.stop
         )
@@ -422,6 +444,6 @@ if __name__ == "__main__":
         sys.exit(130)
     except BrokenPipeError:  # of `| head`, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

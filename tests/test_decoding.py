@@ -123,8 +123,8 @@ def test_filters_apply_to_the_scores_after_the_temperature_in_the_order_of_trans
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}]
-    + [{"min_p": 2}, {"repetition_penalty": 0}],
+    [{"temperature": -1}, {"temperature": float("nan")}, {"temperature": 1e-46}, {"top_p": 0}, {"top_p": 1.1}]
+    + [{"top_p": 1e-300}, {"top_k": -1}, {"min_p": 2}, {"repetition_penalty": 0}],
 )
 def test_values_without_a_meaning_are_refused_by_name(model, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[0]):
@@ -213,6 +213,14 @@ def test_a_given_cache_is_continued_until_it_is_full(model):
     cache = KVCache(model.config, 1, 24)
     model(torch.tensor([[1, 2]]), cache)
     assert continuation(model, [3, 4], max_new_tokens=20, temperature=0, cache=cache) == whole
+    ragged = KVCache(model.config, 2, 24)
+    model(torch.tensor([[1, 2, 3], [9, 0, 0]]), ragged)
+    ragged.truncate([3, 1])
+    rows = zip(*generate(model, [[4], [8, 7]], max_new_tokens=9, temperature=0, cache=ragged))
+    alone = [continuation(model, p, max_new_tokens=9, temperature=0) for p in ([1, 2, 3, 4], [9, 8, 7])]
+    assert list(map(list, rows)) == alone
+    with pytest.raises(ValueError, match="2 rows does not go with 1 prompts"):
+        next(generate(model, [[1]], cache=ragged))
     small = KVCache(model.config, 1, 10)
     assert continuation(model, [1, 2, 3, 4], max_new_tokens=20, temperature=0, cache=small) == whole[:7]
 
@@ -299,6 +307,13 @@ def test_speculation_ends_at_stop_ids_and_outlives_the_context(model, draft):
     assert len(free) == 100
     stop = free[9]
     assert continuation(model, [5, 6, 7], run, temperature=0, stop_ids=[stop]) == free[: free.index(stop)]
+
+
+def test_greedy_speculation_slides_past_the_context_as_plain_decoding_does(model, draft):
+    settings = dict(max_new_tokens=90, temperature=0)
+    assert continuation(model, [5, 6, 7], partial(speculate, draft=draft), **settings) == continuation(
+        model, [5, 6, 7], **settings
+    )
 
 
 def test_accepted_and_corrected_guesses_follow_the_models_distribution():

@@ -189,6 +189,23 @@ def test_the_oldest_turns_are_forgotten_aloud(long_model, tokenizer, capsys):
     assert "only its last 150 tokens" in capsys.readouterr().err
 
 
+def test_an_answer_cut_short_in_the_middle_of_a_step_leaves_no_trace_in_the_cache(long_model, tokenizer):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    chat, settings = Chat(long_model, tokenizer), dict(max_new_tokens=20, temperature=0, vocab_size=256)
+    pieces = chat.answer("the cat", **settings)
+    for _ in range(4):
+        next(pieces)
+    hook = long_model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(pieces)
+    hook.remove()
+    answer = "".join(chat.answer("sat", **settings))
+    ids = sum(chat.turns[:-1], [])
+    assert answer == "".join(text_of((i for (i,) in generate(long_model, [ids], **settings)), tokenizer))
+
+
 def test_an_answer_that_is_cut_short_stays_in_the_conversation(long_model, tokenizer):
     chat = Chat(long_model, tokenizer)
     pieces = chat.answer("the cat", max_new_tokens=30, vocab_size=256)
@@ -256,7 +273,8 @@ def test_what_was_answered_before_a_kill_is_kept(folder, prompts, tmp_path):
     output, part = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.part0"
     records = answers_in(prompts)
     kept = records[1] | {"line": 2, "completion": "kept"}
-    part.write_text(json.dumps(kept) + '\n{"line": 3, "prompt": "the c', encoding="utf-8")
+    part.write_text(json.dumps(kept) + '\n{"line": 3, "prompt": "日', encoding="utf-8")
+    part.write_bytes(part.read_bytes()[:-1])  # a kill in the middle of a character
     result = run("--model", folder, "--prompts", prompts, "--output", output, *GREEDY)
     assert result.returncode == 0, result.stderr
     assert "6 prompts to answer, 1 were answered before" in result.stderr
@@ -293,6 +311,15 @@ def test_prompts_that_end_at_once_are_answered_too(folder, prompts, tmp_path):
     assert [answer["completion"] for answer in answers_in(output)] == [""] * 7
 
 
+def test_only_parts_of_the_same_output_are_read_and_removed(folder, prompts, tmp_path):
+    for name in ("a[4].jsonl", "a*.jsonl"):
+        notes = tmp_path / f"{name}.part_of_my_notes"
+        notes.write_text("mine")
+        result = run("--model", folder, "--prompts", prompts, "--output", tmp_path / name, *GREEDY)
+        assert result.returncode == 0 and len(answers_in(tmp_path / name)) == 7
+        assert notes.read_text() == "mine" and not (tmp_path / f"{name}.part0").exists()
+
+
 def test_a_file_that_holds_something_else_is_not_overwritten(folder, prompts):
     before = prompts.read_text()
     result = run("--model", folder, "--prompts", prompts, "--output", prompts)
@@ -302,15 +329,16 @@ def test_a_file_that_holds_something_else_is_not_overwritten(folder, prompts):
 
 def test_lines_of_a_text_file_are_prompts(tmp_path):
     (tmp_path / "a.txt").write_bytes("one\r\n\r\nthree\u2028\n".encode())
-    assert stage.read_records(tmp_path / "a.txt") == [
-        {"prompt": "one"},
-        {"prompt": ""},
-        {"prompt": "three\u2028"},
-    ]
+    expected = {1: {"prompt": "one"}, 2: {"prompt": ""}, 3: {"prompt": "three\u2028"}}
+    assert stage.read_records(tmp_path / "a.txt") == expected
+    (tmp_path / "a.jsonl").write_text('\ufeff{"prompt": "one"}\n\n{"prompt": "three"}', encoding="utf-8")
+    assert stage.read_records(tmp_path / "a.jsonl") == {1: {"prompt": "one"}, 3: {"prompt": "three"}}
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[]", "3", "{}", '{"prompt": 3}', '{"messages": []}', '{"messages": [{"role": "user"}]}']
+    "line",
+    ["{", "[]", "3", "{}", '{"prompt": 3}', '{"messages": []}', '{"messages": [{"role": "user"}]}']
+    + ['{"prompt": "half a pair \\ud83d"}', '{"prompt": "x", "completion": "mine"}'],
 )
 def test_a_bad_line_is_named_before_anything_is_answered(tmp_path, line):
     (tmp_path / "bad.jsonl").write_text(f'{{"prompt": "x"}}\n{line}\n')
@@ -420,6 +448,9 @@ def test_ctrl_c_ends_the_text_without_a_traceback(folder):
         (["--device", "tpu"], "no device 'tpu'"),
         (["--compile", "--device", "cpu"], "--compile makes decoding slower"),
         (["-n", "0"], "-n"),
+        (["-n", "2", "--chat"], "-n and --draft are for one prompt"),
+        (["--prompt", "x", "--chat"], "not allowed with argument"),
+        (["--draft", "x", "--repetition-penalty", "1.1"], "does not go with"),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_status_2(folder, arguments, message):
