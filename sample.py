@@ -162,7 +162,7 @@ def converse(model, tokenizer, ends, seed, **settings):
     print("/reset starts anew, /quit ends; Ctrl-C cuts an answer short", file=sys.stderr)
     chat = Chat(model, tokenizer)
     stop_ids = ends | {tokenizer.special_tokens["<|im_end|>"]}
-    while True:
+    while sys.stdin:  # a caller may have closed it
         try:
             text = input("> " if sys.stdin.isatty() else "")
         except EOFError:
