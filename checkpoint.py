@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from torch.distributed.checkpoint import state_dict as distributed
@@ -225,9 +226,8 @@ class Log:
         row = [f"{seconds:.2f}", f"{loss:.4f}", bpb, f"{lr:.6f}", f"{norm:.4f}", f"{speed:.0f}", f"{mfu:.3f}"]
         self.rows.writerow([step, step * self.tokens_per_step, *row, f"{memory:.0f}"])
         self.file.flush()
-        left = round(seconds / step * (self.steps - step))
-        clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-        line = f"{step:8,} {loss:8.4f} {bpb:>8} {lr:8.5f} {speed:9,.0f} {mfu:5.0%} {clock:>8}"
+        left = timedelta(seconds=round(seconds / step * (self.steps - step)))
+        line = f"{step:8,} {loss:8.4f} {bpb:>8} {lr:8.5f} {speed:9,.0f} {mfu:5.0%} {left!s:>8}"
         terminal = sys.stdout.isatty()
         if bpb or terminal:  # on a terminal, a line without bpb is overwritten by the next
             print("\r" * terminal + line, end="\n" if bpb else "", flush=True)

@@ -108,7 +108,7 @@ def draw(probabilities, generator):
 
 
 class PackedLinear(nn.Module):
-    """A matrix in oneDNN's own order, which a CPU reads up to twice as fast; for decoding only."""
+    """A matrix in oneDNN's own order, which a CPU reads about twice as fast; for decoding only."""
 
     def __init__(self, weight, bias):
         super().__init__()

@@ -19,6 +19,7 @@ import select
 import sys
 import time
 from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +31,7 @@ from model import Transformer
 from tokenizer import Tokenizer
 
 OUT = Path(__file__).resolve().parent / "out"
-# where a text begins that has not been given: by the name of the data
-PROMPTS = {"pystdlib": "def ", "shakespeare": "ROMEO:\n", "tinystories": "Once upon a time"}
+PROMPTS = {"pystdlib": "def ", "shakespeare": "ROMEO:\n", "tinystories": "Once upon a time"}  # by data
 PLAIN = dict(encoding="utf-8-sig", errors="replace")  # stray bytes of a prompt are read as U+FFFD
 PIPE_SECONDS = 3  # some programs give their children a pipe into which nothing ever comes
 
@@ -251,8 +251,8 @@ def answer_file(model, tokenizer, path, output, batch_size, go_on, seed, stops):
     if too_long := sum(len(prompt) > model.config.block_size for prompt in prompts.values()):
         print(f"{too_long} prompts are cut to their last {model.config.block_size} tokens", file=sys.stderr)
     todo = [number for number in list(records)[rank::world] if number not in answers]
-    before = f", {len(answers):,} were answered before" if answers else ""
-    print(f"{len(todo):,} prompts to answer{before}; after a stop the same command goes on", file=sys.stderr)
+    said = f"{len(todo):,} prompts to answer, {len(answers):,} were answered before"
+    print(f"{said}; after a stop the same command goes on", file=sys.stderr)
     with open(f"{output}.part{rank}", "a", encoding="utf-8") as part:
         part.write("\n" if part.tell() else "")  # after a line that was cut off
         for done in range(0, len(todo), batch_size):
@@ -264,9 +264,8 @@ def answer_file(model, tokenizer, path, output, batch_size, go_on, seed, stops):
                 part.write(json.dumps(answer, ensure_ascii=False) + "\n")
             part.flush()
             n, seconds = done + len(batch), time.perf_counter() - start
-            left = round(seconds / n * (len(todo) - n))
-            clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-            print(f"{n:,} of {len(todo):,}, {n / seconds:.1f} a second, {clock} left", file=sys.stderr)
+            left = timedelta(seconds=round(seconds / n * (len(todo) - n)))
+            print(f"{n:,} of {len(todo):,}, {n / seconds:.1f} a second, {left} left", file=sys.stderr)
     answers = read_answers(output)
     if len(answers) == len(records):  # of several processes, the last one sees that
         unfinished = output.with_name(f"{output.name}.unfinished{rank}")
@@ -405,8 +404,10 @@ def main():
     Sampling(**sampling)  # a mistake should not have to wait for the model
     folder = Path(args.model) if args.model else newest_model()
     device = choose_device(args.device)
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device == "cuda":  # of several processes, each takes its own
+        device = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # streams and graphs are those of the current one
     if args.compile and device == "cpu":
         raise ValueError("--compile makes decoding slower on a CPU: leave it out")
     dtype = args.dtype and getattr(torch, args.dtype)
