@@ -24,39 +24,39 @@ from torch.distributed.checkpoint import state_dict as distributed
 import machine
 from decoding import generate
 from machine import processes
-from model import load_safetensors
 from sample import OUT, write
 
 STATE, RECORDS = "train_state.pt", ("log.csv", "samples.txt")
 WHOLE = distributed.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered from all processes
+GIVEN = distributed.StateDictOptions(full_state_dict=True, strict=False)  # frozen weights are not kept
 
 
 # --- writing ---
 
 
-def save(out, model, optimizers, tokenizer, state):
+def save(out, stage, state):
     """Write the checkpoint of state["step"], then put its model into `out`. All processes must call it.
 
     state: whatever else the run wants to find again; "step" and "best_step" are needed.
     """
-    weights = distributed.get_model_state_dict(model, options=WHOLE)
+    weights = distributed.get_model_state_dict(stage.model, options=WHOLE)
     moments = {}  # before the first step there are none
     if state["step"]:
-        moments = distributed.get_optimizer_state_dict(model, optimizers, options=WHOLE)
+        moments = distributed.get_optimizer_state_dict(stage.model, stage.optimizers, options=WHOLE)
     folder = out / "checkpoints" / f"step_{state['step']:06}"
     if processes()[0] or folder.exists():
         return
     unfinished = out / "checkpoints" / "unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     try:
-        model.save(unfinished, tokenizer, weights)
+        stage.write(unfinished, weights)
         try:
             torch.save(state | {"optimizers": moments}, unfinished / STATE)
         except RuntimeError as error:  # what PyTorch makes of a full disk
             raise OSError(f"{unfinished / STATE} cannot be written: {error!s:.80}") from None
         for name in RECORDS:
             shutil.copy(out / name, unfinished)
-        for path in (*unfinished.iterdir(), unfinished):
+        for path in (*unfinished.rglob("*"), unfinished):
             flush(path)
         unfinished.rename(folder)
         flush(folder.parent)
@@ -79,10 +79,12 @@ def settle(out, state):
     targets = [out, out / "checkpoints" / "best"] if state["best_step"] == state["step"] else [out]
     for target in targets:
         target.mkdir(exist_ok=True)
-        for path in newest.iterdir():
+        for path in (path for path in newest.rglob("*") if path.is_file()):
             if path.name not in (STATE, *RECORDS):
-                shutil.copy(path, target / f".{path.name}")
-                os.replace(target / f".{path.name}", target / path.name)
+                place = target / path.relative_to(newest)
+                place.parent.mkdir(exist_ok=True)
+                shutil.copy(path, place.with_name(f".{path.name}"))
+                os.replace(place.with_name(f".{path.name}"), place)
     for old in all_checkpoints(out)[:-2]:
         shutil.rmtree(old)
 
@@ -122,16 +124,15 @@ def refuse_changes(state, found):
             raise ValueError(f"the {what} has changed since the run began, so it cannot be resumed: {value}")
 
 
-def restore(out, model, optimizers, state):
+def restore(out, stage, state):
     """Bring model, optimizers, log and samples back to the newest checkpoint, whose state was read.
 
     Takes "optimizers" out of state, so that the memory is free again.
     """
     folder, moments = all_checkpoints(out)[-1], state.pop("optimizers")
-    weights = load_safetensors(folder / "model.safetensors")
-    distributed.set_model_state_dict(model, weights, options=WHOLE)
+    distributed.set_model_state_dict(stage.model, stage.read(folder), options=GIVEN)
     if moments:
-        distributed.set_optimizer_state_dict(model, optimizers, moments, options=WHOLE)
+        distributed.set_optimizer_state_dict(stage.model, stage.optimizers, moments, options=WHOLE)
     if processes()[0] == 0:
         for name in RECORDS:
             shutil.copy(folder / name, out)
@@ -152,7 +153,8 @@ def make_room(out):
         print(f"{here} existed and is now {there}")
         for state in states:
             if state["step"] < state["run"]["steps"]:
-                how = f"python train.py --resume --out {there}"
+                script = "train.py" if state["stage"] == "pretraining" else "finetune.py"
+                how = f"python {script} --resume --out {there}"
                 print(f"it stopped after step {state['step']:,}; to go on with it: {how}")
     out.mkdir(parents=True, exist_ok=True)
 
@@ -179,14 +181,13 @@ def catch_signals():
 # --- records ---
 
 
-def add_frame(out, model, data, step):
+def add_frame(out, stage, step):
     """Add a line to samples.txt: the same prompt and the same dice each time, another model."""
-    prompt = data.val.read(0, min(8, len(data.val))).tolist()
-    specials = data.tokenizer.special_tokens.values()
+    tokenizer, specials = stage.tokenizer, stage.tokenizer.special_tokens.values()
     with torch.compiler.set_stance("force_eager"):  # the cache's shapes change with every token
-        steps = generate(model.eval(), [prompt], 30, specials, top_p=1, mode="eager")
-        text = data.tokenizer.decode(prompt) + "".join(piece for (piece,) in write(data.tokenizer, steps))
-    model.train()
+        steps = generate(stage.model.eval(), [stage.prompt], 30, specials, top_p=1, mode="eager")
+        text = tokenizer.decode(stage.prompt) + "".join(piece for (piece,) in write(tokenizer, steps))
+    stage.model.train()
     if processes()[0] == 0:
         with open(out / "samples.txt", "a", encoding="utf-8") as file:
             line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
@@ -196,38 +197,53 @@ def add_frame(out, model, data, step):
 class Log:
     """The lines of a run: all of them in log.csv, those with an evaluation on the screen too."""
 
-    COLUMNS = ("step", "tokens", "seconds", "train_loss", "val_bpb", "lr", "grad_norm")
-    COLUMNS += ("tokens_per_second", "mfu", "memory_mb")
+    COLUMNS = {"step": "", "tokens": "", "seconds": ".2f", "train_loss": ".4f", "val_bpb": ".4f", "lr": ".6f"}
+    COLUMNS |= {"grad_norm": ".4f", "tokens_per_second": ".0f", "mfu": ".3f", "memory_mb": ".0f"}
 
-    def __init__(self, out, steps, tokens_per_step, peak, device):
-        """peak: the tokens a second at which the device would do nothing but matrix products."""
-        self.steps, self.tokens_per_step, self.peak, self.device = steps, tokens_per_step, peak, device
+    def __init__(self, out, steps, peak, device, more=()):
+        """peak: the tokens a second at which the device would do nothing but matrix products.
+
+        more: the names of further columns.
+        """
+        self.steps, self.peak, self.device, self.more = steps, peak, device, more
+        self.terminal = sys.stdout.isatty()
         path = os.devnull if processes()[0] else out / "log.csv"
         self.file = open(path, "a", newline="", encoding="utf-8")
         self.rows = csv.writer(self.file)
         if self.file.tell() == 0:
-            self.rows.writerow(self.COLUMNS)
+            self.rows.writerow([*self.COLUMNS, *more])
             self.file.flush()
         heads = f"{'step':>8} {'loss':>8} {'val bpb':>8} {'lr':>8} {'tokens/s':>9} {'MFU':>5} {'left':>8}"
         print(f"\n{heads}", flush=True)
 
-    def start_lap(self, step):
+    def start_lap(self, tokens):
         """From here on, speed is measured."""
-        self.lap = step, time.perf_counter()
+        self.lap = tokens, time.perf_counter()
 
-    def lap_speed(self, step):
+    def lap_speed(self, tokens):
         """Tokens a second since start_lap."""
-        return (step - self.lap[0]) * self.tokens_per_step / (time.perf_counter() - self.lap[1])
+        return (tokens - self.lap[0]) / (time.perf_counter() - self.lap[1])
 
-    def write(self, step, seconds, loss, bpb, lr, norm, speed):
-        """Add a line; bpb may be None. seconds: since the start of the run."""
-        bpb, mfu = "" if bpb is None else f"{bpb:.4f}", speed / self.peak
-        memory = machine.peak_memory(self.device) / 1e6
-        row = [f"{seconds:.2f}", f"{loss:.4f}", bpb, f"{lr:.6f}", f"{norm:.4f}", f"{speed:.0f}", f"{mfu:.3f}"]
-        self.rows.writerow([step, step * self.tokens_per_step, *row, f"{memory:.0f}"])
+    def write(self, values):
+        """Add a line of {column: value}; what is missing or None stays empty."""
+        values["mfu"] = values["tokens_per_second"] / self.peak
+        values["memory_mb"] = machine.peak_memory(self.device) / 1e6
+        formats = self.COLUMNS | dict.fromkeys(self.more, ".4f")
+        found = ((name, values.get(name)) for name in formats)
+        row = {name: "" if value is None else format(value, formats[name]) for name, value in found}
+        self.rows.writerow(row.values())
         self.file.flush()
-        left = timedelta(seconds=round(seconds / step * (self.steps - step)))
-        line = f"{step:8,} {loss:8.4f} {bpb:>8} {lr:8.5f} {speed:9,.0f} {mfu:5.0%} {left!s:>8}"
-        terminal = sys.stdout.isatty()
-        if bpb or terminal:  # on a terminal, a line without bpb is overwritten by the next
-            print("\r" * terminal + line, end="\n" if bpb else "", flush=True)
+        left = timedelta(seconds=round(values["seconds"] / values["step"] * (self.steps - values["step"])))
+        step, speed, bpb = values["step"], values["tokens_per_second"], row["val_bpb"]
+        line = f"{step:8,} {values['train_loss']:8.4f} {bpb:>8} {values['lr']:8.5f} {speed:9,.0f}"
+        line += f" {values['mfu']:5.0%} {left!s:>8}"
+        evaluated = "val_bpb" in values
+        shown = [
+            name for name in self.more if row[name] and name.startswith("val_" if evaluated else "train_")
+        ]
+        others = ", ".join(f"{name.split('_loss ')[-1]} {values[name]:.3f}" for name in shown)
+        if evaluated:
+            print("\r\033[K" * self.terminal + line + f"\n{'':9}{others}" * bool(others), flush=True)
+        elif self.terminal:  # a line that the next one overwrites
+            columns = shutil.get_terminal_size().columns
+            print(f"\r{line}  {others}"[:columns], end="", flush=True)

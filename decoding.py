@@ -6,6 +6,7 @@
 below it `speculate`, where a smaller model guesses ahead. All this is about ids; sample.py makes them text.
 """
 
+import copy
 import math
 from collections import deque
 from dataclasses import dataclass
@@ -210,6 +211,14 @@ def make_cache(model, batch_size, max_len):
     return KVCache(model.config, batch_size, max_len, weight.device, weight.dtype)
 
 
+def repeat(cache, n):
+    """A cache with each row n times in a row, to continue one prompt in n ways."""
+    other = copy.copy(cache)
+    other.k, other.v = cache.k.repeat_interleave(n, dim=1), cache.v.repeat_interleave(n, dim=1)
+    other.lengths = cache.lengths.repeat_interleave(n)
+    return other
+
+
 def draw_tokens(model, rows, room, n_samples, cache, mode, sampling, generator, vocab_size):
     """Yield the ids (B,) that are drawn, on the device. There is no end but that of a given cache.
 
@@ -231,7 +240,7 @@ def draw_tokens(model, rows, room, n_samples, cache, mode, sampling, generator, 
         x = x[range(len(rows)), [n - 1 for n in lengths]]  # (B, C), at each row's last token
         logits = model.head(x)[:, :vocab_size]
         if n_samples > 1:  # a single prefill serves them all
-            cache, rows = cache.repeat(n_samples), [row for row in rows for _ in range(n_samples)]
+            cache, rows = repeat(cache, n_samples), [row for row in rows for _ in range(n_samples)]
             logits, ids = logits.repeat_interleave(n_samples, 0), ids.repeat_interleave(n_samples, 0)
             n_samples = 1
         seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=device)

@@ -6,6 +6,7 @@ equal ones. `gemm_rate` measures, but only to say how much of the machine a run 
 
 import gc
 import os
+import re
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -102,8 +105,10 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def training_memory(shape, run):
+def training_memory(shape, run, learning=None):
     """{what: bytes} that a process takes, estimated: weights, gradients, optimizers' moments, activations.
+
+    learning: the number of parameters of a LoRA update, if it alone learns, with AdamW.
 
     Activations are what the backward pass of a block wants to see again: in float32 the stream before and
     behind each norm, q, k, v and the result of attention; then the inputs of all matrices.
@@ -114,15 +119,17 @@ def training_memory(shape, run):
     n, matrices = shape.num_params(), shape.n_layer * (2 * C * (Q + KV) + 3 * C * shape.n_hidden)
     activations = shape.n_layer * run.micro_batch * run.block_size * block
     sizes = dict(weights=4 * n, gradients=4 * n, moments=8 * n - 4 * matrices)  # Muon keeps one, AdamW two
+    if learning:
+        sizes = dict(weights=4 * (n + learning), gradients=4 * learning, moments=8 * learning)
     sharded = {name: size // processes()[1] for name, size in sizes.items()}
     return sharded | dict(activations=activations)
 
 
-def fit_micro_batch(shape, run, device):
+def fit_micro_batch(shape, run, device, learning=None):
     """The most blocks at a time that fit into 80 % of the memory and share out evenly, 1 at least."""
     n = run.batch_size // processes()[1]
     for k in (k for k in range(n, 0, -1) if n % k == 0):
-        needed = sum(training_memory(shape, replace(run, micro_batch=k)).values())
+        needed = sum(training_memory(shape, replace(run, micro_batch=k), learning).values())
         if needed < 0.8 * memory_of(device):
             break
     return int(over_processes(k, dist.ReduceOp.MIN))  # all processes must take turns alike
@@ -174,15 +181,49 @@ def join_processes(device):
             sys.stdout = open(os.devnull, "w")
 
 
+def start(device=None, deterministic=False):
+    """Join the other processes, if there are any. Returns the device of this one."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
+    join_processes(device or choose_device())
+    return choose_device(device)
+
+
+def explain_lost_processes(error):
+    """End with one line if a RuntimeError means that another process has gone; else raise it."""
+    if not isinstance(error, dist.DistError) and not re.search("onnection|imed out", str(error)):
+        raise error
+    reason = f"{str(error).splitlines()[0]:.100}"
+    print(f"error: the processes lost each other, so this one ends, too: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
 def processes():
     """(rank, number) of this process among those that torchrun started; (0, 1) without it."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def over_processes(value, operation=dist.ReduceOp.SUM):
-    """The sum (or so) of a number over all processes, on the host: it does not wait for the device."""
+    """The sum (or so) of a number or tensor over all processes, on the host: nothing waits for the device."""
     if processes()[1] == 1:
         return value
-    result = torch.tensor(float(value), dtype=torch.float64)
+    result = torch.as_tensor(value, dtype=torch.float64).clone()
     dist.all_reduce(result, operation)
-    return result.item()
+    return result if isinstance(value, torch.Tensor) else result.item()
+
+
+def distribute(model, run, device):
+    """Compile a model and share it out between the processes, as the run wants it."""
+    if processes()[1] > 1:  # each process keeps a share of every weight and sees whole ones a block at a time
+        mesh = init_device_mesh(device, (processes()[1],))
+        for part in (*model.model.layers, model):
+            if run.compile and part is not model:
+                part.compile()
+            fully_shard(part, mesh=mesh)
+            part.unshard()  # Makes the buffers for whole weights. Were sampling, in inference_mode, the first
+            part.reshard()  # to make them, the backward pass could not use them.
+        for name in ("loss", "hidden", "head"):
+            register_fsdp_forward_method(model, name)
+    elif run.compile:
+        model.loss = torch.compile(model.loss, dynamic=False)
+    return model

@@ -9,7 +9,6 @@ transformers and vLLM open its folders, and it opens those of Llama, Mistral, Sm
 """
 
 import argparse
-import copy
 import json
 import math
 import os
@@ -227,13 +226,6 @@ class KVCache:
         self.lengths.copy_(new)
         self.span = max(lengths)
 
-    def repeat(self, n):
-        """A cache with each row n times in a row, to continue one prompt in n ways."""
-        other = copy.copy(self)
-        other.k, other.v = self.k.repeat_interleave(n, dim=1), self.v.repeat_interleave(n, dim=1)
-        other.lengths = self.lengths.repeat_interleave(n)
-        return other
-
 
 class Transformer(nn.Module):
     """The whole model: `model(ids)` gives logits, `model.loss(ids, targets)` what training minimises."""
@@ -287,36 +279,44 @@ class Transformer(nn.Module):
         return self.head(self.hidden(ids, cache))
 
     def loss(self, ids, targets, reduction="mean"):
-        """Cross-entropy in nats, "mean" or "sum", of targets (B, T) given ids (B, T); -100 is left out."""
+        """Cross-entropy in nats, "mean" or "sum", of targets (B, T) given ids (B, T); -100 is left out.
+
+        "rows": the sum and, only to be looked at, what each row has in it, (B,).
+        """
         # All float32 logits can outweigh the rest of a step. Here they exist for some rows at a time, and
         # d loss / d logits = softmax(logits) - onehot(target) is carried on to x and weight at once.
-        x, targets = self.hidden(ids).flatten(0, 1), targets.flatten()
+        x, flat = self.hidden(ids).flatten(0, 1), targets.flatten()
         weight = (self.lm_head or self.model.embed_tokens).weight
-        total, dx, dweight = 0, [], torch.zeros_like(weight, dtype=torch.float32)
-        rows, learning = 512 if x.device.type == "cpu" else 4096, torch.is_grad_enabled()
+        dweight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
+        losses, dx, learning = [], [], torch.is_grad_enabled()
+        size = 512 if x.device.type == "cpu" else 4096
         with torch.no_grad():
-            for piece, target in zip(x.split(rows), targets.split(rows), strict=True):
-                log_p = F.linear(piece, weight).float().log_softmax(dim=-1)  # (rows, V)
-                total = total + F.nll_loss(log_p, target, reduction="sum")
+            for piece, target in zip(x.split(size), flat.split(size), strict=True):
+                log_p = F.linear(piece, weight).float().log_softmax(dim=-1)  # (size, V)
+                losses.append(F.nll_loss(log_p, target, reduction="none"))
                 if learning:
                     kept = (target != -100)[:, None].float()
                     slope = log_p.exp_().mul_(kept).scatter_add_(1, target[:, None].clamp(min=0), -kept)
                     dx.append(slope.to(x.dtype) @ weight)
-                    dweight += slope.to(x.dtype).T @ piece
+                    if weight.requires_grad:
+                        dweight += slope.to(x.dtype).T @ piece
+        rows = torch.cat(losses).view(targets.shape).sum(1)
+        total, n = rows.sum(), {"mean": (flat != -100).sum().clamp(min=1), "sum": 1, "rows": 1}[reduction]
         if learning:  # add nothing but the gradients dx and dweight
-            carrier = (x * torch.cat(dx)).sum(dtype=torch.float32) + (weight * dweight).sum()
+            carrier = (x * torch.cat(dx)).sum(dtype=torch.float32)
+            carrier += (weight * dweight).sum() if weight.requires_grad else 0
             total = total + (carrier - carrier.detach())
-        return total / {"mean": (targets != -100).sum().clamp(min=1), "sum": 1}[reduction]
+        return (total, rows) if reduction == "rows" else total / n
 
-    def save(self, folder, tokenizer=None, weights=None, chat=False):
-        """Write a model folder, of own weights or these. chat: taught to converse, <|im_end|> ends a text."""
+    def save(self, folder, tokenizer=None, weights=None, ends=None):
+        """Write a model folder, of own weights or these. ends: ids that end a text (<|endoftext|>)."""
         folder, c, weights = Path(folder), self.config, weights or self.state_dict()
         kind = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
         settings = {"architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind}
         settings |= {"hidden_act": "silu", "torch_dtype": str(weights["model.norm.weight"].dtype)[6:]}
         settings |= {theirs: getattr(c, ours) for ours, theirs in JSON_NAMES.items()}
         specials = tokenizer.special_tokens if tokenizer else {}
-        ends = [specials[name] for name in ("<|endoftext|>", "<|im_end|>")[: 1 + chat] if name in specials]
+        ends = ends or [specials[name] for name in ("<|endoftext|>",) if name in specials]
         generation = {"bos_token_id": ends[0], "pad_token_id": ends[0], "eos_token_id": ends} if ends else {}
         folder.mkdir(parents=True, exist_ok=True)
         save_safetensors(folder / "model.safetensors", weights)

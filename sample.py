@@ -91,8 +91,8 @@ def to_prompt(tokenizer, text):
 def render(tokenizer, messages, answer=False):
     """A conversation in the ChatML layout -> (ids, mask); mask: True for what the assistant says.
 
-    messages: [{"role": ..., "content": ...}, ...]. answer: the ids end where the assistant's turn begins.
-    No text can become a special token. ValueError: the tokenizer has no ChatML tokens.
+    messages: [{"role": ..., "content": ...}, ...], read without the space around texts. answer: the ids end
+    where the assistant's turn begins. No text can become a special token. ValueError: without ChatML tokens.
     """
     if missing := {"<|im_start|>", "<|im_end|>"} - tokenizer.special_tokens.keys():
         raise ValueError(f"no {min(missing)} in the tokenizer: chat takes a model with the ChatML layout")
@@ -100,7 +100,7 @@ def render(tokenizer, messages, answer=False):
     ids, mask = [], []
     for message in messages:
         head = [start, *tokenizer.encode(message["role"] + "\n")]
-        said = [*tokenizer.encode(message["content"]), end]
+        said = [*tokenizer.encode(message["content"].strip()), end]
         gap = tokenizer.encode("\n")
         ids += head + said + gap
         mask += [False] * len(head) + [message["role"] == "assistant"] * len(said) + [False] * len(gap)
@@ -152,13 +152,16 @@ class Chat:
             self.read = ids + said[:-1] if said else ids[:same]  # never more than all layers have read
 
 
-def converse(model, tokenizer, ends, seed, **settings):
+def converse(model, tokenizer, folder, ends, seed, **settings):
     """Answer what is typed, line by line, until /quit or the end of the input; /reset forgets everything."""
     render(tokenizer, [])  # or there is no point in waiting for a question
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  gives input() its line editing and history
     if tokenizer.special_tokens.get("<|im_end|>") not in ends:
         print("this model was not taught to chat: it will go on with the text, not answer", file=sys.stderr)
+    with suppress(OSError, ValueError, KeyError):  # finetune.py leaves some questions
+        taught = json.loads((folder / "results.json").read_bytes())["questions"].values()
+        print("it was taught to answer such, new to it as they are:", *taught, sep="\n  ", file=sys.stderr)
     print("/reset starts anew, /quit ends; Ctrl-C cuts an answer short", file=sys.stderr)
     chat = Chat(model, tokenizer)
     stop_ids = ends | {tokenizer.special_tokens["<|im_end|>"]}
@@ -346,9 +349,7 @@ def read_prompt(args, folder):
         if os.name == "nt" or select.select([sys.stdin], [], [], PIPE_SECONDS)[0]:
             piped = sys.stdin.read().removesuffix("\n")
         else:
-            print(
-                f"no prompt came in {PIPE_SECONDS} s; --prompt-file /dev/stdin waits longer", file=sys.stderr
-            )
+            print(f"no prompt came in {PIPE_SECONDS} s; --prompt-file /dev/stdin waits", file=sys.stderr)
     suits = (prompt for name, prompt in PROMPTS.items() if folder.resolve().name.startswith(name))
     return piped or next(suits, "")
 
@@ -417,13 +418,11 @@ def main():
     settings = dict(max_new_tokens=args.max_new_tokens, seed=args.seed, vocab_size=tokenizer.vocab_size)
     settings |= sampling | (dict(mode="compile") if args.compile else {})
     if args.chat:
-        return converse(model, tokenizer, ends, stops=args.stop, **settings)
+        return converse(model, tokenizer, folder, ends, stops=args.stop, **settings)
     go_on = partial(generate, model, stop_ids=ends, **settings)
     if args.prompts:
-        output = Path(args.output).resolve()
-        return answer_file(
-            model, tokenizer, args.prompts, output, args.batch_size, go_on, args.seed, args.stop
-        )
+        file = Path(args.output).resolve()
+        return answer_file(model, tokenizer, args.prompts, file, args.batch_size, go_on, args.seed, args.stop)
     if args.draft:
         draft, its_tokenizer = load(args.draft, device, dtype)
         if its_tokenizer.fingerprint != tokenizer.fingerprint:

@@ -39,6 +39,8 @@ GPT4_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
+# Words apart from the blank or mark before them: a name has the same pieces wherever it stands in a program.
+WORDS_PATTERN = r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 BYTES = [bytes([byte]) for byte in range(256)]  # the first tokens
 covering = r"{0}|(?:(?!{0})[\s\S])+".format  # a pattern or, where it doesn't match, all up to its next match
@@ -46,7 +48,8 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 # How a conversation becomes text (ChatML), in the language that transformers and vLLM read.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] | trim }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -117,7 +120,7 @@ def unicode_ranges(name):
 def compile_splitter(pattern):
     """Return a function that cuts a text into chunks, a list of str. Raises ValueError for a bad pattern.
 
-    The library `re` is about twice as fast as `regex`, but knows no \\p{L}. For the two patterns above, such
+    The library `re` is about twice as fast as `regex`, but knows no \\p{L}. For the patterns above, such
     classes are written out as ranges below U+10000; texts with characters beyond are left to `regex`.
     """
     try:
@@ -135,7 +138,10 @@ def compile_splitter(pattern):
         return written if "[" in written else f"[{written}]"
 
     fast = exact
-    if pattern in (GPT2_PATTERN, GPT4_PATTERN) and sys.version_info >= (3, 11):  # `re` knows `++` since then
+    if pattern in (GPT2_PATTERN, GPT4_PATTERN, WORDS_PATTERN) and sys.version_info >= (
+        3,
+        11,
+    ):  # `re` knows `++` since then
         fast = re.compile(covering(re.sub(r"\[[^\]]*\]|\\p\{\w+\}|\\[sS]", write_out, pattern)))
     beyond = re.compile("[\U00010000-\U0010ffff]").search
     return lambda text: (fast if text.isascii() or not beyond(text) else exact).findall(text)

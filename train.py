@@ -14,101 +14,25 @@ The loop is `train`; what it learns is measured in bits per byte of text that it
 import argparse
 import math
 import os
-import re
-import statistics
 import sys
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 import checkpoint
 import machine
-from data.loader import IGNORED, Blocks, find_data, load_data, validation_batches
+from data.loader import Blocks, find_data, load_data
+from loop import Run, Stage, bits_per_byte, fresh_state, measure_step, train
 from machine import over_processes, processes
-from model import PRESETS, Config, Transformer
-from optimizer import learning_rate, make_optimizers
+from model import PRESETS, Config, Transformer, load_safetensors
+from optimizer import make_optimizers
 from sample import OUT
 
 N_EVALS = 10  # in a run
 EVAL_TOKENS = 2**14  # in each but the last, which takes all that is held out
-SAVE_SECONDS = 600  # between checkpoints at most
-
-
-# --- learning ---
-
-
-@dataclass
-class Run:
-    """All that decides the numbers of a run, besides data, hardware and versions. Kept in its checkpoints."""
-
-    preset: str
-    seed: int
-    steps: int
-    block_size: int
-    batch_size: int  # blocks per step, of all processes together
-    lr: float  # of Muon; AdamW takes a tenth
-    dropout: float
-    dtype: str
-    eval_every: int  # in steps, as save_every and log_every
-    save_every: int
-    device: str
-    processes: int
-    threads: int
-    compile: bool
-    deterministic: bool
-    micro_batch: int = 1  # blocks that one process computes at a time
-    log_every: int = 1
-    warmup: int = 1
-    weight_decay: float = 0.1
-
-
-def training_step(model, optimizers, ids, targets, share, run):
-    """One update with `share` of the learning rates, from this process's part of a batch, ids (n, T).
-
-    The loss is the mean over the tokens of all micro-batches of all processes. Returns this process's part of
-    it, times their number, and the norm of the gradient; both on the device, which works on meanwhile.
-    """
-    device, world, loss_sum = model.model.norm.weight.device, processes()[1], 0.0
-    n_tokens = over_processes(int((targets != IGNORED).sum()))
-    weight = world / max(1, n_tokens)  # of one token; FSDP takes the mean over processes
-    pieces = list(zip(ids.split(run.micro_batch), targets.split(run.micro_batch)))
-    for i, (x, y) in enumerate(pieces, 1):
-        if world > 1:
-            model.set_requires_gradient_sync(i == len(pieces))
-        with machine.precision(device.type, run.dtype):
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            loss = model.loss(x, y, reduction="sum") * weight
-        loss.backward()
-        loss_sum += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = share * group["initial_lr"]
-        optimizer.step()
-        optimizer.zero_grad()
-    return loss_sum, norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-@torch.no_grad()
-def bits_per_byte(model, tokens, bytes_per_token, n_blocks=None):
-    """Nats of predicted tokens / ln 2 / their bytes, over n_blocks evenly spaced blocks (None: all)."""
-    device, (rank, world) = model.model.norm.weight.device, processes()
-    nats, n_bytes, was_training = 0.0, 0, model.training
-    model.eval()
-    for ids, targets in validation_batches(tokens, model.config.block_size, n_blocks, rank=rank, world=world):
-        nats += model.loss(ids.to(device), targets.to(device), reduction="sum").item()
-        n_bytes += int(bytes_per_token[targets[targets != IGNORED].numpy()].sum())
-    model.train(was_training)
-    return over_processes(nats) / math.log(2) / over_processes(n_bytes)
-
-
-# --- the run ---
 
 
 def shape_of(run, vocab_size):
@@ -120,54 +44,34 @@ def build(run, vocab_size, device):
     """A fresh model and its optimizers, the same for the same run."""
     torch.manual_seed(run.seed)
     model = Transformer(replace(shape_of(run, vocab_size), dropout=run.dropout)).to(device)
-    if processes()[1] > 1:  # each process keeps a share of every weight and sees whole ones a block at a time
-        mesh = init_device_mesh(device, (processes()[1],))
-        for part in (*model.model.layers, model):
-            if run.compile and part is not model:
-                part.compile()
-            fully_shard(part, mesh=mesh)
-            part.unshard()  # Makes the buffers for whole weights. Were sampling, in inference_mode, the first
-            part.reshard()  # to make them, the backward pass could not use them.
-        for name in ("loss", "hidden", "head"):
-            register_fsdp_forward_method(model, name)
-    elif run.compile:
-        model.loss = torch.compile(model.loss, dynamic=False)
-    return model, make_optimizers(model, run.lr, run.weight_decay)
+    return machine.distribute(model, run, device), make_optimizers(model, run.lr, run.weight_decay)
 
 
-def measure_step(run, vocab_size, blocks, device, limit=0):
-    """Seconds that a step takes: the median of throwaway steps, for `limit` seconds, on a throwaway model."""
-    model, optimizers = build(run, vocab_size, device)
-    seconds, (rank, world) = [], processes()
-    while len(seconds) < 4 or sum(seconds[3:]) < limit:
-        start = time.perf_counter()
-        batch = blocks.batch(len(seconds) * run.batch_size, run.batch_size, rank, world)
-        loss, _ = training_step(model, optimizers, *batch, 0.1, run)
-        loss.item()  # waits for the device
-        seconds.append(over_processes(time.perf_counter() - start) / world)
-    del model, optimizers, loss
-    machine.forget(device)
-    return statistics.median(seconds[3:])
+def begin(run, data, device):
+    """Pretraining from its first step, as a Stage."""
+    tokenizer, blocks = data.tokenizer, Blocks(data.train, run.block_size, run.seed)
+    model, optimizers = build(run, tokenizer.vocab_size, device)
 
+    def evaluate(step):
+        """Bits per byte of some validation text, after the last step of all of it."""
+        measure = partial(bits_per_byte, model, data.val, tokenizer.bytes_per_token, sources=data.sources)
+        with machine.precision(device, run.dtype):
+            score, losses = measure(max(1, EVAL_TOKENS // run.block_size))
+            bpb, losses = (score, losses) if step < run.steps else measure()
+        return score, {"val_bpb": bpb} | losses
 
-def evaluate(model, data, run, state):
-    """Bits per byte of some validation text, after the last step of all of it. Notes the best in state."""
-    step, device = state["step"], model.model.norm.weight.device.type
-    with machine.precision(device, run.dtype):
-        some = max(1, EVAL_TOKENS // run.block_size)
-        bpb = bits_per_byte(model, data.val, data.tokenizer.bytes_per_token, some)
-        if bpb < state["best"]:
-            state["best"], state["best_step"] = bpb, step
-        return bpb if step < run.steps else bits_per_byte(model, data.val, data.tokenizer.bytes_per_token)
-
-
-def finite(value, out):
-    """The value; ValueError: it is not finite."""
-    if not math.isfinite(value):
-        best = out / "checkpoints" / "best"
-        found = f"the best model so far is in {best}" if best.exists() else "nothing was learned yet"
-        raise ValueError(f"the loss diverged: try a lower --lr; {found}")
-    return value
+    return Stage(
+        model=model,
+        optimizers=optimizers,
+        tokenizer=tokenizer,
+        read_batch=lambda step: blocks.batch(step * run.batch_size, run.batch_size, *processes()),
+        evaluate=evaluate,
+        write=lambda folder, weights: model.save(folder, tokenizer, weights),
+        read=lambda folder: load_safetensors(folder / "model.safetensors"),
+        prompt=data.val.read(0, min(8, len(data.val))).tolist(),
+        channels=data.sources,
+        columns=[f"val_loss {name}" for name in data.sources],
+    )
 
 
 def identity(run, data):
@@ -176,64 +80,16 @@ def identity(run, data):
     return {"text": data.fingerprint, "tokenizer": data.tokenizer.fingerprint, "shape": shape}
 
 
-def train(run, data, out, device, state, stop_asked=lambda: False):
-    """The training loop. state: of a run's begin or, read from a checkpoint, of the place to go on from.
-
-    Leaves in `out` what checkpoint.py says. Returns (last step, bits per byte), (step, None) after a stop.
-    """
-    tokenizer, (rank, world) = data.tokenizer, processes()
-    model, optimizers = build(run, tokenizer.vocab_size, device)
-    resumed = "optimizers" in state
-    if resumed:
-        checkpoint.restore(out, model, optimizers, state)
-    per_step, flops = run.batch_size * run.block_size, 3 * model.config.flops_per_token(run.block_size)
-    log = checkpoint.Log(
-        out, run.steps, per_step, machine.gemm_rate(device, run.dtype) * world / flops, device
-    )
-    start, loss_sum, norm = time.perf_counter() - state["seconds"], state["loss_sum"], 0.0
-
-    def save():
-        state["seconds"] = time.perf_counter() - start
-        finite(float(norm), out)  # or the weights are of no use
-        state["loss_sum"] = finite(over_processes(float(loss_sum)) / world, out)
-        checkpoint.save(out, model, optimizers, tokenizer, state)
-
-    if not resumed:
-        checkpoint.add_frame(out, model, data, state["step"])
-        save()
-    blocks, saved = Blocks(data.train, run.block_size, run.seed), time.perf_counter()
-    batches = blocks.batches(state["step"] * run.batch_size, run.batch_size, rank, world, device == "cuda")
-    log.start_lap(state["step"])
-    for step in range(state["step"] + 1, run.steps + 1):
-        if run.dropout:  # its dice follow from the step, so that there is no generator to keep
-            # (a CPU's generator would ignore all but 32 bits)
-            torch.manual_seed(((run.seed * 1_000_003 + step) * 8191 + rank) % 2**32)
-        share = learning_rate(step - 1, run)
-        loss, norm = training_step(model, optimizers, *next(batches), share, run)
-        state["step"], loss_sum = step, loss_sum + loss  # on the device: the host does not wait for it
-        evaluating = step == run.steps or step % run.eval_every == 0
-        if evaluating or step % run.log_every == 0:
-            mean_loss = finite(over_processes(float(loss_sum)) / world / (step - state["logged"]), out)
-            norm, speed, bpb = finite(float(norm), out), log.lap_speed(step), None
-            if evaluating:
-                bpb = finite(evaluate(model, data, run, state), out)
-                checkpoint.add_frame(out, model, data, step)
-            log.write(step, time.perf_counter() - start, mean_loss, bpb, share * run.lr, norm, speed)
-            loss_sum, state["logged"] = 0.0, step
-            log.start_lap(step)
-        stop = over_processes(stop_asked())
-        overdue = over_processes(time.perf_counter() - saved > SAVE_SECONDS)
-        if evaluating or stop or overdue or step % run.save_every == 0:
-            save()
-            saved = time.perf_counter()
-        if stop and step < run.steps:
-            return step, None
-    return run.steps, bpb
-
-
 def say(name, text):
     """A line of what is known before the first step."""
     print(f"{name:10}{text}", flush=True)
+
+
+def in_common(args, device):
+    """The fields of a Run that pretraining and fine-tuning take alike from their arguments."""
+    names = ("steps", "eval_every", "save_every", "deterministic")
+    fields = {name: getattr(args, name) for name in names} | dict(seed=args.seed or 0, device=device)
+    return fields | dict(processes=processes()[1], threads=torch.get_num_threads())
 
 
 def settings(args, device):
@@ -246,21 +102,15 @@ def settings(args, device):
     if args.compile is None:
         compiling = machine.default_compile(device, long=15 <= minutes < math.inf)
     run = Run(
+        **in_common(args, device),
         preset=args.preset or ("nano" if on_cpu else "small"),
-        seed=args.seed or 0,
-        steps=args.steps,
         block_size=args.block_size or T,
         batch_size=args.batch_size or rows,
-        lr=args.lr or 0.03,
+        lr=args.lr or 0.03,  # of Muon; AdamW takes a tenth
+        weight_decay=0.1,
         dropout=args.dropout or 0.0,
         dtype=dtype[0],
-        eval_every=args.eval_every,
-        save_every=args.save_every,
-        device=device,
-        processes=processes()[1],
-        threads=torch.get_num_threads(),
         compile=compiling[0],
-        deterministic=args.deterministic,
     )
     if run.batch_size % run.processes:
         raise ValueError(
@@ -272,7 +122,6 @@ def settings(args, device):
 def plan(args, data, device):
     """Derive what the arguments leave open, and print it with the reasons. Returns the Run."""
     run, reasons = settings(args, device)
-    blocks = Blocks(data.train, run.block_size, run.seed)
     shape = shape_of(run, data.tokenizer.vocab_size)
     n, per_step = shape.num_params(), run.batch_size * run.block_size
     gemm = machine.gemm_rate(device, run.dtype)
@@ -288,12 +137,12 @@ def plan(args, data, device):
     flops = 3 * per_step * shape.flops_per_token(run.block_size)
     seconds = 0 if args.steps else 60 * (args.minutes or 3)
     with machine.explain_memory(shape, run):
-        step_seconds = measure_step(run, shape.vocab_size, blocks, device, 0.03 * seconds)
+        step_seconds = per_step * measure_step(partial(begin, run, data, device), run, device, 0.03 * seconds)
     mfu = flops / step_seconds / run.processes / gemm
     say("a step", f"{1000 * step_seconds:,.0f} ms, {flops / 1e9:,.0f} GFLOPs: {mfu:.0%} of that rate (MFU)")
     if run.deterministic and device == "cuda":
         torch.use_deterministic_algorithms(False)
-        free = measure_step(run, shape.vocab_size, blocks, device)
+        free = per_step * measure_step(partial(begin, run, data, device), run, device)
         torch.use_deterministic_algorithms(True)
         say("", f"without --deterministic {1000 * free:,.0f} ms")
     n_evals = N_EVALS
@@ -352,22 +201,26 @@ def parse_arguments():
     add("--device", help="cpu, cuda or mps (the fastest that there is)")
     args = parser.parse_args()
     positive = ("minutes", "steps", "eval_every", "save_every", "block_size", "batch_size", "lr")
-    for name in positive:
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
-    for name, limit in (("seed", 2**32), ("dropout", 1)):
-        if not 0 <= (getattr(args, name) or 0) < limit:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 0 and below {limit}")
-    if args.device not in (None, "cpu", "cuda", "mps"):
-        raise ValueError(f"--device {args.device} must be cpu, cuda or mps")
+    check_arguments(args, parser, positive, {"seed": 2**32, "dropout": 1}, {"out", "data", "device"})
     if args.minutes and args.steps:
         raise ValueError("--minutes and --steps exclude each other")
-    kept = {"resume", "out", "data", "device"}
-    for name, value in vars(args).items():
-        if args.resume and name not in kept and value != parser.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')}: a resumed run keeps its settings, leave it out")
     return args
+
+
+def check_arguments(args, parser, positive, limits, kept):
+    """ValueError for numbers that are not above 0 (positive), for others that are not below their limit (and
+    at least 0), and for what does not go with --resume, which is all but what is `kept`.
+    """
+    for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')}"
+        if name in positive and value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{option} {value} must be above 0")
+        if name in limits and not 0 <= (value or 0) < limits[name]:
+            raise ValueError(f"{option} {value} must be at least 0 and below {limits[name]}")
+        if args.resume and name not in {"resume", *kept} and value != parser.get_default(name):
+            raise ValueError(f"{option}: a resumed run keeps its settings, leave it out")
+    if args.device not in (None, "cpu", "cuda", "mps"):
+        raise ValueError(f"--device {args.device} must be cpu, cuda or mps")
 
 
 def main():
@@ -379,10 +232,8 @@ def main():
         out, state = checkpoint.find_run(out, "pretraining")
         args.deterministic, began_on = state["run"]["deterministic"], state["run"]["device"]
         args.device = args.device or began_on
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
-    machine.join_processes(args.device or machine.choose_device())
-    device, (rank, world) = machine.choose_device(args.device), processes()
+    device = machine.start(args.device, args.deterministic)
+    rank, world = processes()
     name = args.data or (state["data"] if state else "pystdlib")
     if rank == 0:
         find_data(name)  # which may prepare it
@@ -409,18 +260,19 @@ def main():
             out = out or OUT / name
             if rank == 0:
                 checkpoint.make_room(out)
-            state = identity(run, data) | dict(stage="pretraining", run=asdict(run), data=name)
-            state |= dict(step=0, seconds=0.0, loss_sum=0.0, logged=0, best=math.inf, best_step=0)
+            state = fresh_state(run, "pretraining", data=name) | identity(run, data)
         shape = shape_of(run, data.tokenizer.vocab_size)
         with machine.explain_memory(shape, run), checkpoint.catch_signals() as stop_asked:
-            step, bpb = train(run, data, out, device, state, stop_asked)
+            stage = begin(run, data, device)
+            step, values = train(run, stage, out, device, state, stop_asked)
     if world > 1:
         dist.destroy_process_group()
     place = os.path.relpath(out)
-    if bpb is None:
+    if values is None:
         print(f"\nstopped after step {step:,}; to go on: python train.py --resume --out {place}")
         sys.exit(130)
-    print(f"\n{bpb:.4f} bits per byte of held-out text after {step:,} steps; the model is in {place}/")
+    bpb = f"{values['val_bpb']:.4f} bits per byte of held-out text"
+    print(f"\n{bpb} after {step:,} steps; the model is in {place}/")
     print("\nThe same prompt, step by step:\n")
     print((out / "samples.txt").read_text(encoding="utf-8"))
     print(f"next: python sample.py --model {place}")
@@ -435,8 +287,4 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not re.search("onnection|imed out", str(error)):
-            raise
-        reason = f"{str(error).splitlines()[0]:.100}"
-        print(f"error: the processes lost each other, so this one ends, too: {reason}", file=sys.stderr)
-        sys.exit(2)
+        machine.explain_lost_processes(error)

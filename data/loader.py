@@ -19,16 +19,20 @@ IGNORED = -100  # as a target: not to be predicted
 
 
 class Tokens:
-    """The token ids of one split on disk, one file or several, read as one array."""
+    """The token ids of one split on disk, one file or several, read as one array.
 
-    def __init__(self, folder, split, dtype):
+    sizes: how many tokens of it each source has, one after the other.
+    """
+
+    def __init__(self, folder, split, dtype, sizes=()):
         single = Path(folder) / f"{split}.bin"
         paths = [single] if single.exists() else sorted(Path(folder).glob(f"{split}_*.bin"))
-        sizes = [path.stat().st_size for path in paths]
-        if not paths or 0 in sizes or any(size % np.dtype(dtype).itemsize for size in sizes):
+        n_bytes = [path.stat().st_size for path in paths]
+        if not paths or 0 in n_bytes or any(n % np.dtype(dtype).itemsize for n in n_bytes):
             raise ValueError(f"{single} is missing or cut off: prepare the data again")
         self.parts = [np.memmap(path, dtype=dtype, mode="r") for path in paths]
         self.starts = np.cumsum([0] + [len(part) for part in self.parts])
+        self.borders = np.cumsum(sizes[:-1])  # between sources
 
     def __len__(self):
         return int(self.starts[-1])
@@ -43,6 +47,10 @@ class Tokens:
                 break
         return np.concatenate(pieces).astype(np.int64)
 
+    def source_of(self, positions):
+        """The number of the source in which each of these tokens stands, as a tensor."""
+        return torch.from_numpy(np.searchsorted(self.borders, positions, side="right"))
+
 
 @dataclass
 class Data:
@@ -53,6 +61,7 @@ class Data:
     train: Tokens
     val: Tokens
     fingerprint: str  # of all ids
+    sources: list  # the names of what the text came from, if it was several
 
 
 def find_data(name):
@@ -74,17 +83,19 @@ def load_data(folder):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         dtype, n_tokens, prints = meta["dtype"], meta["tokens"], meta["fingerprint"]
         expected, fingerprint = meta["tokenizer"], prints["train"] + prints["val"]
+        sources = meta.get("tokens_of_source", {})
     except (json.JSONDecodeError, KeyError, TypeError):
         raise ValueError(f"{folder}/meta.json is damaged or of an older version: {again}") from None
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if tokenizer.fingerprint != expected:
         raise ValueError(f"{folder}/tokenizer.json is not the tokenizer that made the data: {again}")
-    train, val = (Tokens(folder, split, dtype) for split in ("train", "val"))
+    sizes = {split: [sizes[split] for sizes in sources.values()] for split in n_tokens}
+    train, val = (Tokens(folder, split, dtype, sizes[split]) for split in ("train", "val"))
     for split, tokens in (("train", train), ("val", val)):
         if len(tokens) != n_tokens[split]:
             wrong = f"{len(tokens):,} tokens, not {n_tokens[split]:,}"
             raise ValueError(f"{folder}/{split}.bin has {wrong}: {again}")
-    return Data(folder.name, tokenizer, train, val, fingerprint)
+    return Data(folder.name, tokenizer, train, val, fingerprint, list(sources))
 
 
 def permute(i, n, key):
@@ -117,38 +128,39 @@ class Blocks:
             raise ValueError(f"{few}: take more text or a smaller --block-size")
 
     def batch(self, position, count, rank=0, world=1):
-        """ids and targets, each (count / world, T): of the `count` blocks after the run's first `position`
-        ones, those that process `rank` of `world` takes.
+        """ids, targets (n, T), the number of targets (n,) and the source (n,) of n = count / world blocks: of
+        `count` after the run's first `position` ones, those that process `rank` of `world` takes.
         """
-        T, rows = self.block_size, []
+        T, starts = self.block_size, []
         for p in range(position + rank, position + count, world):
             epoch, i = divmod(p, self.per_epoch)
             phase = permute(epoch % T, T, self.seed)
-            start = phase + T * permute(i, self.per_epoch, self.seed + 1000003 * epoch)
-            rows.append(self.tokens.read(start, T + 1))
-        both = torch.from_numpy(np.stack(rows))
-        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+            starts.append(phase + T * permute(i, self.per_epoch, self.seed + 1000003 * epoch))
+        both = torch.from_numpy(np.stack([self.tokens.read(start, T + 1) for start in starts]))
+        counts, sources = torch.full([len(starts)], T), self.tokens.source_of(starts)
+        return both[:, :-1].contiguous(), both[:, 1:].contiguous(), counts, sources
 
-    def batches(self, position, count, rank=0, world=1, pin=False):
-        """Yield batch after batch without end, each read while the one before is worked on.
 
-        pin: in memory that a GPU can fetch by itself.
-        """
+def read_ahead(read, position, pin=False):
+    """Yield read(position), read(position + 1) ... without end, each made while the one before is worked on.
 
-        def read(position):
-            pair = self.batch(position, count, rank, world)
-            return tuple(ids.pin_memory() for ids in pair) if pin else pair
+    read returns tensors; pin: into memory that a GPU can fetch by itself.
+    """
 
-        with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(read, position)
-            while True:
-                position += count
-                ready, ahead = ahead, pool.submit(read, position)
-                yield ready.result()
+    def get(position):
+        tensors = read(position)
+        return tuple(tensor.pin_memory() for tensor in tensors) if pin else tensors
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(get, position)
+        while True:
+            position += 1
+            ready, ahead = ahead, pool.submit(get, position)
+            yield ready.result()
 
 
 def validation_batches(tokens, block_size, n_blocks=None, batch_size=32, rank=0, world=1):
-    """Yield ids and targets (batch_size, T) of n_blocks evenly spaced blocks (None: all, the last one short).
+    """Yield n_blocks evenly spaced blocks (None: all), as Blocks.batch returns them, batch_size at a time.
 
     Every process of `world` gets as many batches; what has to be filled up is IGNORED as a target.
     """
@@ -161,4 +173,6 @@ def validation_batches(tokens, block_size, n_blocks=None, batch_size=32, rank=0,
         for row, block in zip(rows, mine):
             ids = tokens.read(block * T, T + 1)
             row[: len(ids)] = ids
-        yield torch.from_numpy(rows[:, :-1].clip(0)), torch.from_numpy(rows[:, 1:])
+        sources = tokens.source_of(np.resize(mine * T, len(rows)))  # of filled-up rows, any
+        targets = torch.from_numpy(rows[:, 1:])
+        yield torch.from_numpy(rows[:, :-1].clip(0)), targets, (targets != IGNORED).sum(1), sources

@@ -20,9 +20,6 @@ import shutil
 import sys
 import sysconfig
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +31,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tokenizer import SPECIAL_TOKENS, Tokenizer, map_batches  # noqa: E402
+from data.download import Progress, download  # noqa: E402
+from tokenizer import GPT4_PATTERN, SPECIAL_TOKENS, WORDS_PATTERN, Tokenizer, map_batches  # noqa: E402
 
 VERSION = 1  # of the files written here
 DATA = ROOT / "data"
@@ -51,31 +49,6 @@ DOWNLOADS = {  # name -> [(URL, SHA-256 or None)]
     "tinystories": [(TINY_STORIES + "train.txt", None), (TINY_STORIES + "valid.txt", None)],
 }
 SOURCES = ("pystdlib", *DOWNLOADS)
-
-
-class Progress:
-    """A line that says how far a phase has come: over itself on a terminal, elsewhere every ten seconds."""
-
-    def __init__(self, label, total_bytes):
-        self.label, self.total_bytes = label, total_bytes
-        self.start = self.shown = time.time()
-        self.terminal = sys.stderr.isatty()
-
-    def show(self, share):
-        """share: the part of the whole that is done, 0 to 1."""
-        now = time.time()
-        if now - self.shown < (0.2 if self.terminal else 10) or share <= 0:
-            return
-        self.shown, seconds = now, now - self.start
-        rate = share * self.total_bytes / seconds / 1e6
-        line = f"{self.label} {share:4.0%}  {rate:.1f} MB/s  {seconds / share - seconds:.0f} s left"
-        print(f"\r{line}\033[K" if self.terminal else f"{line}\n", end="", file=sys.stderr, flush=True)
-
-    def done(self, result):
-        """Replace the live line by a lasting one."""
-        if self.terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-        print(f"{self.label}: {result}, {time.time() - self.start:.1f} s", flush=True)
 
 
 # --- documents: pairs of (parts of its text, "train" or "val" where its publisher has decided that) ---
@@ -147,52 +120,21 @@ def stdlib_files():
 
 
 def text_files(paths):
-    """The files with text under the given paths, in a fixed order; what is passed over is counted aloud."""
+    """The files with text under the given paths, in a fixed order, each with the number of its path.
+
+    What is passed over is counted aloud.
+    """
     files, others = [], 0
-    for path in map(Path, paths):
+    for source, path in enumerate(map(Path, paths)):
         if not path.exists():
             raise ValueError(f"no file, folder or corpus named {path}; the corpora are {', '.join(SOURCES)}")
         inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         chosen = [p for p in inside if p.suffix.lower() in TEXT_SUFFIXES]
-        files += chosen
+        files += [(p, source) for p in chosen]
         others += len(inside) - len(chosen)
     if others:
         print(f"passed over {others} files that are not {' '.join(TEXT_SUFFIXES)}")
     return files
-
-
-def download(url, sha256=None):
-    """Fetch a file into data/downloads/ unless it is there; only a complete, verified file gets its name."""
-    path = DATA / "downloads" / url.rsplit("/", 1)[1]
-    if path.exists():
-        return path
-    unfinished = path.with_name(path.name + ".unfinished")
-    digest, done = hashlib.sha256(), 0
-    try:
-        response = urllib.request.urlopen(url, timeout=30)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with response, open(unfinished, "wb") as file:
-            total = int(response.headers.get("Content-Length") or 0)
-            progress = Progress(f"downloading {path.name}", total)
-            while block := response.read(2**20):
-                digest.update(block)
-                file.write(block)
-                done += len(block)
-                progress.show(done / max(total, done))
-        if done < total:
-            raise ValueError(f"the download of {url} broke off after {done} of {total} bytes: try again")
-        if sha256 not in (None, digest.hexdigest()):
-            raise ValueError(f"{url} is not the file that was published: its SHA-256 is {digest.hexdigest()}")
-        unfinished.rename(path)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise ValueError(
-            f"can't download {url} ({getattr(error, 'reason', error)}): "
-            "get the file some other way and run `python data/prepare.py FILE --name NAME`"
-        ) from None
-    finally:
-        unfinished.unlink(missing_ok=True)
-    progress.done(f"{done / 1e6:.1f} MB")
-    return path
 
 
 def find_documents(sources, field, damaged):
@@ -201,20 +143,21 @@ def find_documents(sources, field, damaged):
     A pass counts the stray bytes of files that are not UTF-8 in `damaged`.
     """
     if sources == ["pystdlib"]:
-        files = list(stdlib_files())
+        files = [(path, 0) for path in stdlib_files()]
     elif len(sources) == 1 and sources[0] in DOWNLOADS:
-        files = [download(*source) for source in DOWNLOADS[sources[0]]]
+        files = [(download(url, DATA / "downloads", digest), 0) for url, digest in DOWNLOADS[sources[0]]]
     else:
         files = text_files(sources)
 
     def documents():
-        for i, path in enumerate(files):
+        for i, (path, source) in enumerate(files):
             if sources == ["tinystories"]:
-                yield from story_documents(path, ("train", "val")[i], damaged)
+                found = story_documents(path, ("train", "val")[i], damaged)
             elif path.suffix.lower() == ".jsonl":
-                yield from jsonl_documents(path, field, damaged)
+                found = jsonl_documents(path, field, damaged)
             else:
-                yield file_parts(path, damaged), None
+                found = [(file_parts(path, damaged), None)]
+            yield from ((parts, published, source) for parts, published in found)
 
     return documents
 
@@ -247,7 +190,7 @@ class Split:
         self.lengths = {}  # index -> characters of the first documents with text
         self.bytes = 0
         bytes_in_bucket = np.zeros(2**16, dtype=np.int64)
-        for index, (parts, _) in enumerate(documents):
+        for index, (parts, _, _) in enumerate(documents):
             bucket, characters, size = scan(parts)
             self.buckets.append(bucket)
             bytes_in_bucket[bucket] += size
@@ -265,8 +208,8 @@ class Split:
                 total += bytes_in_bucket[bucket]
 
     def pieces(self, documents):
-        """Yield ("train" or "val", text) and, where a document's share ends, ("train" or "val", None)."""
-        for index, (parts, published) in enumerate(documents):
+        """Yield ("train" or "val", source, text) and, where a document's share ends, None for its text."""
+        for index, (parts, published, source) in enumerate(documents):
             if self.few and not published:
                 n_train = int(0.9 * self.lengths.get(index, 0))
             else:
@@ -276,10 +219,10 @@ class Split:
             for part in parts:
                 for split, text in (("train", part[:n_train]), ("val", part[n_train:])):
                     if text:
-                        yield split, text
+                        yield split, source, text
                         used.add(split)
                 n_train = max(0, n_train - len(part))
-            yield from ((split, None) for split in sorted(used))
+            yield from ((split, source, None) for split in sorted(used))
 
 
 # --- token ids on disk ---
@@ -318,7 +261,7 @@ class TokenWriter:
             os.replace(self.files[0].name, self.folder / f"{self.split}.bin")
 
 
-def learn_vocabulary(pieces, split, vocab_size):
+def learn_vocabulary(pieces, split, vocab_size, pattern):
     """Train a Tokenizer on the training text among pieces.
 
     Without vocab_size: the power of two next to the square root of the corpus's bytes, from 512 to 65,536.
@@ -328,32 +271,37 @@ def learn_vocabulary(pieces, split, vocab_size):
         vocab_size = int(2 ** np.clip(round(np.log2(split.bytes) / 2), 9, 16))
         print(f"vocabulary: {vocab_size:,} tokens, the power of two next to sqrt({split.bytes:,} bytes)")
     progress = Progress("learning it", split.bytes)
-    texts = (text for part, text in pieces if text and part == "train")
-    tokenizer = Tokenizer.train(texts, vocab_size, processes=os.cpu_count(), log=progress.done)
+    texts = (text for part, _, text in pieces if text and part == "train")
+    tokenizer = Tokenizer.train(texts, vocab_size, pattern, processes=os.cpu_count(), log=progress.done)
     progress.done(f"{tokenizer.vocab_size:,} tokens")
     return tokenizer
 
 
 def encode_pieces(pieces, tokenizer):
-    """A list of what Split.pieces yields -> {"train": ids, "val": ids}, <|endoftext|> after each document."""
+    """A list of what Split.pieces yields -> {"train": ids, "val": ids}, <|endoftext|> after each document.
+
+    Also {(split, source): number of ids}.
+    """
     end = np.uint32([tokenizer.special_tokens[END_OF_TEXT]])
-    ids = {"train": [], "val": []}
-    for split, text in pieces:
+    ids, counts = {"train": [], "val": []}, Counter()
+    for split, source, text in pieces:
         ids[split].append(end if text is None else tokenizer.encode_to_array(text))
-    return {split: np.concatenate(arrays) for split, arrays in ids.items() if arrays}
+        counts[split, source] += len(ids[split][-1])
+    return {split: np.concatenate(arrays) for split, arrays in ids.items() if arrays}, counts
 
 
-def write_tokens(pieces, tokenizer, folder, n_bytes):
+def write_tokens(pieces, tokenizer, folder, n_bytes, sources):
     """Encode pieces on all cores into the folder's .bin files. Returns what meta.json says of them."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     writers = {split: TokenWriter(folder, split) for split in ("train", "val")}
-    counts = {name: {"train": 0, "val": 0} for name in ("documents", "bytes", "tokens")}
+    counts, of_source = {name: {"train": 0, "val": 0} for name in ("documents", "bytes", "tokens")}, Counter()
     end, sizes = tokenizer.special_tokens[END_OF_TEXT], tokenizer.bytes_per_token
     progress = Progress("encoding", n_bytes)
     encode = partial(encode_pieces, tokenizer=tokenizer)
     with ThreadPoolExecutor() as pool:
-        batches = map_batches(pool, encode, pieces, 2**16, os.cpu_count(), lambda piece: len(piece[1] or ""))
-        for encoded in batches:
+        batches = map_batches(pool, encode, pieces, 2**16, os.cpu_count(), lambda piece: len(piece[2] or ""))
+        for encoded, encoded_of_source in batches:
+            of_source += encoded_of_source
             for split, ids in encoded.items():
                 writers[split].write(ids.astype(dtype))
                 counts["documents"][split] += int((ids == end).sum())
@@ -366,6 +314,10 @@ def write_tokens(pieces, tokenizer, folder, n_bytes):
         raise ValueError(f"the text ({n_bytes:,} bytes) can't be split into a training and a validation part")
     progress.done(f"{n_bytes / 1e6:.1f} MB -> {sum(counts['tokens'].values()) / 1e6:.2f} M tokens")
     fingerprint = {split: writer.digest.hexdigest() for split, writer in writers.items()}
+    if len(sources) > 1:  # train.py tells their losses apart
+        counts["tokens_of_source"] = {
+            name: {split: of_source[split, i] for split in writers} for i, name in enumerate(sources)
+        }
     return {**counts, "dtype": dtype.str, "fingerprint": fingerprint}
 
 
@@ -393,13 +345,14 @@ def prepare(sources, name=None, vocab_size=None, tokenizer=None, field="text"):
     if not split.bytes:
         raise ValueError(f"there is no text in {', '.join(sources)}")
     if tokenizer is None:
-        tokenizer = learn_vocabulary(split.pieces(documents()), split, vocab_size)
+        pattern = WORDS_PATTERN if sources == ["pystdlib"] else GPT4_PATTERN  # programs are full of names
+        tokenizer = learn_vocabulary(split.pieces(documents()), split, vocab_size, pattern)
     DATA.mkdir(exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=DATA))
     unfinished.chmod(0o755)
     try:
         meta = {"version": VERSION, "source": sources, "vocab_size": tokenizer.vocab_size}
-        meta |= write_tokens(split.pieces(documents()), tokenizer, unfinished, split.bytes)
+        meta |= write_tokens(split.pieces(documents()), tokenizer, unfinished, split.bytes, sources)
         meta["tokenizer"] = tokenizer.fingerprint
         tokenizer.save(unfinished / "tokenizer.json")
         (unfinished / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")

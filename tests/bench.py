@@ -31,6 +31,7 @@ from collections import Counter
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import regex
@@ -42,6 +43,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import loop  # noqa: E402
 import machine  # noqa: E402
 import train  # noqa: E402
 from data.loader import Blocks, load_data  # noqa: E402
@@ -570,14 +572,16 @@ def climb(ideas, data, seconds, seed):
     run = argparse.Namespace(micro_batch=rows, dtype=dtype)
     model = older_model(Config(data.tokenizer.vocab_size, T, **PRESETS["nano"]), ideas)
     optimizers = make_optimizers(model, 0.03, 0.1) if "muon" in ideas else plain_adamw(model)
-    batches = Blocks(data.train, T, seed).batches(0, rows)
+    stage = SimpleNamespace(model=model, optimizers=optimizers, loss_of=part_losses(model))
+    blocks = Blocks(data.train, T, seed)
     start, step = time.perf_counter(), 0
     while (done := (time.perf_counter() - start) / seconds) < 1:  # the schedules go by time
         cosine = 0.1 + 0.9 * (1 + np.cos(np.pi * done)) / 2
         share = min(1, done / 0.05, (1 - done) / 0.6 if "schedule" in ideas else cosine)
+        ids, targets, _, _ = blocks.batch(step * rows, rows)
         step += 1
-        train.training_step(model, optimizers, *next(batches), share, run)
-    bpb = train.bits_per_byte(model, data.val, data.tokenizer.bytes_per_token)
+        loop.training_step(stage, (ids, targets), rows * T, share, run)
+    bpb, _ = loop.bits_per_byte(model, data.val, data.tokenizer.bytes_per_token)
     return step, step * rows * T, bpb
 
 
@@ -735,9 +739,11 @@ def training_speed(kind, preset, rows, T, vocab_size, device):
     settings = dict(
         preset=preset, seed=0, steps=1000, block_size=T, batch_size=rows, micro_batch=rows, lr=0.01
     )
-    settings |= dict(dropout=0.0, dtype="bfloat16", eval_every=100, save_every=100, processes=1, threads=1)
+    settings |= dict(
+        weight_decay=0.1, dtype="bfloat16", eval_every=100, save_every=100, processes=1, threads=1
+    )
     settings |= dict(device=device)
-    run = train.Run(**settings, compile=kind == "ours", deterministic=False)
+    run = loop.Run(**settings, compile=kind == "ours", deterministic=False)
     config = Config(vocab_size, T, **PRESETS[preset])
     if kind.startswith("ours"):
         model, optimizers = train.build(run, vocab_size, device)
@@ -759,13 +765,25 @@ def training_speed(kind, preset, rows, T, vocab_size, device):
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = []
+    seconds, stage = [], SimpleNamespace(model=model, optimizers=optimizers, loss_of=part_losses(model))
     for _ in range(12):
         start = time.perf_counter()
-        loss, _ = train.training_step(model, optimizers, x, y, 1.0, run)
-        loss.item()
+        losses, _ = loop.training_step(stage, (x, y), rows * T, 1.0, run)
+        losses.sum().item()
         seconds.append(time.perf_counter() - start)
     return rows * T / statistics.median(seconds[4:]), machine.peak_memory(device)
+
+
+def part_losses(model):
+    """loop.next_token_loss or, for a peer, the same without the parts of each row."""
+    if isinstance(model, Transformer) and "loss" not in vars(model):
+        return loop.next_token_loss
+
+    def peer_loss(model, ids, targets):
+        loss = model.loss(ids, targets, reduction="sum")
+        return loss, loss.detach()[None]
+
+    return peer_loss
 
 
 def whole_loss(logits_of):

@@ -41,8 +41,9 @@ def test_every_block_comes_once_per_epoch_and_in_a_new_order(tokens):
     blocks = loader.Blocks(tokens, block_size=16, seed=0)
     epochs = []
     for epoch in range(3):
-        ids, targets = blocks.batch(epoch * blocks.per_epoch, blocks.per_epoch)
+        ids, targets, counts, sources = blocks.batch(epoch * blocks.per_epoch, blocks.per_epoch)
         assert torch.equal(ids[:, 1:], targets[:, :-1])
+        assert set(counts.tolist()) == {16} and set(sources.tolist()) == {0}
         starts = sorted(ids[:, 0].tolist())
         assert [b - a for a, b in zip(starts, starts[1:])] == [16] * (blocks.per_epoch - 1)
         epochs.append(ids[:, 0].tolist())
@@ -52,7 +53,7 @@ def test_every_block_comes_once_per_epoch_and_in_a_new_order(tokens):
 
 def test_the_order_does_not_depend_on_how_it_is_read(tokens):
     blocks = loader.Blocks(tokens, block_size=16, seed=3)
-    whole, _ = blocks.batch(0, 100)
+    whole = blocks.batch(0, 100)[0]
     pieces = torch.cat([blocks.batch(i, 10)[0] for i in range(0, 100, 10)])
     assert torch.equal(whole, pieces)
 
@@ -67,23 +68,35 @@ def test_processes_take_disjoint_parts_of_the_same_batch(tokens, world):
         assert {len(part) for part in parts} == {12 // world}
 
 
-def test_prefetched_batches_are_the_same_ones(tokens):
+def test_what_is_read_ahead_comes_in_order(tokens):
     blocks = loader.Blocks(tokens, block_size=16, seed=3)
-    batches = blocks.batches(10, 4, rank=1, world=2)
-    for position in (10, 14, 18):
-        assert all(torch.equal(a, b) for a, b in zip(next(batches), blocks.batch(position, 4, 1, 2)))
+    batches = loader.read_ahead(lambda step: blocks.batch(4 * step, 4), 10)
+    for step in (10, 11, 12):
+        assert all(torch.equal(a, b) for a, b in zip(next(batches), blocks.batch(4 * step, 4)))
+
+
+def test_a_block_belongs_to_the_source_in_which_it_begins(tmp_path):
+    np.arange(1000, dtype="<u2").tofile(tmp_path / "train.bin")
+    tokens = loader.Tokens(tmp_path, "train", "<u2", [100, 0, 900])
+    blocks = loader.Blocks(tokens, block_size=10, seed=0)
+    ids, _, _, sources = blocks.batch(0, blocks.per_epoch)
+    assert sources.tolist() == [0 if first < 100 else 2 for first in ids[:, 0].tolist()]
+    for ids, targets, counts, sources in loader.validation_batches(tokens, 10, batch_size=8):
+        kept = counts > 0
+        assert counts.tolist() == (targets != loader.IGNORED).sum(1).tolist()
+        assert (sources[kept] == 2 * (ids[kept][:, 0] >= 100)).all()
 
 
 @settings(deadline=None, max_examples=50)
 @given(n=st.integers(2, 200), block_size=st.integers(1, 20), world=st.integers(1, 3), batch=st.integers(1, 5))
 def test_validation_batches_predict_every_token_once(n, block_size, world, batch):
     tokens = loader.Tokens.__new__(loader.Tokens)
-    tokens.parts, tokens.starts = [np.arange(n)], np.array([0, n])
+    tokens.parts, tokens.starts, tokens.borders = [np.arange(n)], np.array([0, n]), np.array([])
     predicted, counts = [], set()
     for rank in range(world):
         batches = list(loader.validation_batches(tokens, block_size, None, batch, rank, world))
         counts.add(len(batches))
-        for ids, targets in batches:
+        for ids, targets, _, _ in batches:
             real = targets != loader.IGNORED
             assert torch.equal(ids[real] + 1, targets[real])
             predicted += targets[real].tolist()

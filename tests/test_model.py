@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from decoding import repeat
 from model import PRESETS, Config, KVCache, Transformer, load_safetensors, rope, save_safetensors
 from sample import generate
 from train import make_optimizers
@@ -439,7 +440,7 @@ def test_rows_of_any_lengths_are_read_like_each_alone(data):
             cache.truncate(keep)
             rows = [row[:length] for row, length in zip(rows, keep)]
         if n < 3 and data.draw(st.booleans()):
-            cache, rows, n = cache.repeat(2), [row for row in rows for _ in range(2)], 2 * n
+            cache, rows, n = repeat(cache, 2), [row for row in rows for _ in range(2)], 2 * n
     assert cache.lengths.tolist() == [len(row) for row in rows]
 
 
@@ -447,7 +448,7 @@ def test_a_full_cache_says_so_and_its_size_is_the_formula(model):
     c = model.config
     cache = KVCache(c, 2, 8)
     assert cache.k.nbytes == cache.v.nbytes == c.n_layer * c.n_kv_head * c.head_dim * 8 * 2 * 4
-    assert cache.repeat(3).k.nbytes == 3 * cache.k.nbytes
+    assert repeat(cache, 3).k.nbytes == 3 * cache.k.nbytes
     model(ids_of(model, 2, 8), cache=cache)
     kept = cache.k.clone()
     with pytest.raises(ValueError, match="room for 8 tokens, not for 8 \\+ 1"):

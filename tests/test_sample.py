@@ -114,7 +114,7 @@ def test_a_text_begins_with_what_its_tokenizer_wants_there(tokenizer):
 def test_the_ends_of_a_text_are_those_of_the_folder(folder, tokenizer, model):
     ends = [tokenizer.special_tokens[name] for name in ("<|endoftext|>", END)]
     assert stage.end_ids(folder, tokenizer) == {ends[0]}
-    model.save(folder, tokenizer, chat=True)
+    model.save(folder, tokenizer, ends=ends)
     assert stage.end_ids(folder, tokenizer) == set(ends)
     (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
     assert stage.end_ids(folder, tokenizer) == {7}
@@ -226,7 +226,7 @@ def test_chat_answers_line_by_line_and_a_base_model_says_what_it_is(folder, toke
     assert result.returncode == 0, result.stderr
     assert "not taught to chat" in result.stderr
     assert result.stdout.count("\n") >= 2
-    model.save(folder, tokenizer, chat=True)
+    model.save(folder, tokenizer, ends=[tokenizer.special_tokens[END]])
     assert "not taught" not in run("--model", folder, "--chat", input="").stderr
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import torch
 from conftest import ROOT, WORDS, make_run
 
 import checkpoint
+import loop
 import machine
 import train as stage
 from data import loader, prepare
@@ -38,7 +40,7 @@ def test_bits_per_byte_is_nats_over_ln_2_over_bytes(tmp_path, model, tokenizer):
         log_p = model(block[:, :-1]).log_softmax(-1)
         nats -= log_p.gather(-1, block[:, 1:, None]).sum().item()
     n_bytes = 2 * len(text.encode()) - len(tokenizer.decode_bytes(ids[:1]))  # nothing predicts the first
-    measured = stage.bits_per_byte(model, tokens, tokenizer.bytes_per_token)
+    measured, _ = loop.bits_per_byte(model, tokens, tokenizer.bytes_per_token)
     assert measured == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
 
 
@@ -47,7 +49,7 @@ def test_evaluating_changes_nothing(tmp_path, model, tokenizer):
     tokens = loader.Tokens(tmp_path, "val", "<u2")
     model.train()
     state = torch.get_rng_state()
-    first, second = (stage.bits_per_byte(model, tokens, tokenizer.bytes_per_token, 5) for _ in range(2))
+    first, second = (loop.bits_per_byte(model, tokens, tokenizer.bytes_per_token, 5) for _ in range(2))
     assert first == second
     assert model.training
     assert torch.equal(state, torch.get_rng_state())
@@ -63,8 +65,10 @@ def gradients_after(model, ids, targets, micro_batch):
             seen.update((name, p.grad.clone()) for name, p in model.named_parameters())
 
     spy = Spy([{"params": model.parameters(), "initial_lr": 0.0}], lr=0.0)
-    loss, norm = stage.training_step(model, [spy], ids, targets, 1.0, make_run(micro_batch=micro_batch))
-    return loss, norm, seen
+    given = SimpleNamespace(model=model, optimizers=[spy], loss_of=loop.next_token_loss)
+    n = int((targets != -100).sum())
+    rows, norm = loop.training_step(given, (ids, targets), n, 1.0, make_run(micro_batch=micro_batch))
+    return rows.sum() / n, norm, seen
 
 
 def test_micro_batches_are_one_big_batch_averaged_per_token(model):
@@ -262,9 +266,8 @@ def test_a_run_learns_logs_and_leaves_a_model_that_opens(prepared, tmp_path):
     model = Transformer.load(tmp_path / "out")
     tokenizer = Tokenizer.load(tmp_path / "out/tokenizer.json")
     val = loader.Tokens(prepare.DATA / prepared, "val", "<u2")
-    assert stage.bits_per_byte(model, val, tokenizer.bytes_per_token) == pytest.approx(
-        float(rows[-1]["val_bpb"]), abs=0.01
-    )
+    bpb, _ = loop.bits_per_byte(model, val, tokenizer.bytes_per_token)
+    assert bpb == pytest.approx(float(rows[-1]["val_bpb"]), abs=0.01)
 
 
 def test_samples_show_one_prompt_at_every_evaluation(reference):

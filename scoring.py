@@ -1,0 +1,84 @@
+"""What fine-tuning taught: questions with one right answer, answered freely and compared to the character.
+
+A loss would flatter: it is measured along the right answer. Here a model hears nothing but itself, takes the
+likeliest token each time, and one wrong character makes an answer wrong.
+"""
+
+import json
+from collections import Counter, defaultdict
+
+from data.tasks import answer_by_rule
+from decoding import generate
+from sample import render
+
+N_SHOWN = 5  # examples of each channel
+
+
+def answer(model, tokenizer, questions, longest, batch_size=64):
+    """The likeliest answers to conversations, at most `longest` tokens each, as a list of str."""
+    prompts = [render(tokenizer, question, answer=True)[0] for question in questions]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers, stop_ids = {}, set(tokenizer.special_tokens.values())
+    greedy = dict(temperature=0, stop_ids=stop_ids, vocab_size=tokenizer.vocab_size)
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        steps = list(generate(model, [prompts[i] for i in batch], longest, **greedy))
+        for row, i in enumerate(batch):
+            answers[i] = tokenizer.decode([step[row] for step in steps if step[row] is not None])
+    return [answers[i] for i in range(len(questions))]
+
+
+def exact_match(examples, answers):
+    """{channel: share of the answers that are right}."""
+    right = defaultdict(list)
+    for example, said in zip(examples, answers):
+        right[example.channel].append(said.strip() == example.answer.strip())
+    return {channel: sum(found) / len(found) for channel, found in sorted(right.items())}
+
+
+def macro(shares):
+    """The mean over channels, of which those of longer questions ("args, many") do not count."""
+    counted = [share for channel, share in shares.items() if not channel.endswith(", many")]
+    return sum(counted) / max(1, len(counted))
+
+
+def yardsticks(examples, test):
+    """What needs no model, {name: exact match}: the most frequent answer of a channel; a rule in one line."""
+    seen = defaultdict(Counter)
+    for example in examples:
+        seen[example.channel][example.answer] += 1
+    frequent = [max(seen[e.channel] or [""], key=seen[e.channel].get) for e in test]
+    ruled = {i: said for i, e in enumerate(test) if (said := answer_by_rule(e.question[-1]["content"]))}
+    by_rule = exact_match([test[i] for i in ruled], ruled.values())
+    return {"most_frequent": exact_match(test, frequent), "rule": by_rule}
+
+
+def report(test, answers, others, bpb, path):
+    """Print what share of the test was answered rightly, and examples; write the figures to a results.json.
+
+    answers: {"base": ..., "tuned": ...}; others: of yardsticks; bpb: {"before": ..., "after": ...} or Nones.
+    """
+    shares = {name: exact_match(test, said) for name, said in answers.items()} | others
+    counts = Counter(example.channel for example in test)
+    rows = {channel: {name: shares[name].get(channel) for name in shares} for channel in shares["tuned"]}
+    if test:
+        names = (f"{name.replace('_', ' '):>15}" for name in shares)
+        print(f"\n{'exact match':16}{'questions':>10}{''.join(names)}")
+    for channel, row in rows.items():
+        values = (" " * 15 if value is None else f"{value:15.3f}" for value in row.values())
+        print(f"{channel:16}{counts[channel]:10,}{''.join(values)}")
+    if len(rows) > 1:
+        print(f"{'macro':26}{macro(shares['base']):15.3f}{macro(shares['tuned']):15.3f}")
+    for channel in rows:
+        for i in [i for i, example in enumerate(test) if example.channel == channel][:N_SHOWN]:
+            print(f"\n  {test[i].question[-1]['content']}")
+            for name, said in answers.items():
+                verdict = "right" if said[i].strip() == test[i].answer.strip() else "wrong"
+                print(f"    {name:6} {verdict}  {said[i][:90]!r}")
+    figures = {
+        channel: {name: value for name, value in row.items() if value is not None} | {"n": counts[channel]}
+        for channel, row in rows.items()
+    }
+    questions = {example.channel: example.question[-1]["content"] for example in reversed(test)}
+    results = {"exact_match": figures, "macro": macro(shares["tuned"]), "bpb": bpb, "questions": questions}
+    path.write_text(json.dumps(results, indent=1), encoding="utf-8")

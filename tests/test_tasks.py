@@ -1,0 +1,94 @@
+"""What data/tasks.py promises: right answers, and questions that no model can have seen."""
+
+import ast
+import json
+import random
+
+import pytest
+
+from data import tasks
+from data.prepare import Split, find_documents
+from tokenizer import WORDS_PATTERN, compile_splitter
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tasks.write_tasks(tmp_path_factory.mktemp("tasks"))
+    return {path.stem: [json.loads(line) for line in path.open()] for path in folder.glob("*.jsonl")}
+
+
+def test_there_are_enough_questions_of_every_kind(written):
+    assert set(written) == {"train", "dev", "test"}
+    for split, least in (("train", 5000), ("dev", 50), ("test", 50)):
+        for channel in ("args", "call", "init", "fix"):
+            assert sum(e["channel"] == channel for e in written[split]) >= least
+    few = [e for e in written["test"] if not e["channel"].endswith(", many")]
+    assert len(few) >= 500
+
+
+def test_no_question_of_the_test_was_seen(written):
+    asked = {split: {e["prompt"] for e in found} for split, found in written.items()}
+    assert all(len(asked[split]) == len(found) for split, found in written.items())
+    assert not asked["train"] & asked["dev"] and not (asked["train"] | asked["dev"]) & asked["test"]
+
+
+def test_test_and_dev_come_from_the_files_that_pretraining_holds_out():
+    files = tasks.split_files()
+    split = Split(find_documents(["pystdlib"], None, tasks.Counter())())
+    paths = list(tasks.stdlib_files())
+    held_out = {path for b, path in zip(split.buckets, paths) if b in split.held_out}
+    assert set(files["dev"]) | set(files["test"]) == held_out
+    assert not set(files["dev"]) & set(files["test"])
+    assert set(files["train"]) == set(paths) - held_out
+
+
+def test_the_answers_are_right(written):
+    """Each is checked in another way than it was made."""
+    for e in written["test"] + written["dev"] + random.Random(0).sample(written["train"], 2000):
+        question, answer, channel = e["prompt"], e["completion"], e["channel"].removesuffix(", many")
+        if channel == "fix":
+            damaged = question.removeprefix(tasks.FIX)
+            assert len(damaged) == len(answer) - 1
+            assert any(answer[:i] + answer[i + 1 :] == damaged for i in range(len(answer)))
+            continue
+        function = ast.parse(question.split(": ", 1)[1] + " pass").body[0]
+        a = function.args
+        names = [arg.arg for arg in ast.walk(a) if isinstance(arg, ast.arg)]
+        few = "many" not in e["channel"]
+        if channel == "args":
+            assert sorted(part.lstrip("*") for part in answer.split(", ")) == sorted(names)
+            assert (len(names) <= tasks.FEW) == few
+        elif channel == "init":
+            made = {}
+            exec(answer, {"self": type("Any", (), {})(), **dict.fromkeys(names)}, made)
+            assert answer.count("\n") + 1 == len([name for name in names if name != "self"])
+        else:
+            call = ast.parse(answer).body[0].value
+            assert ast.unparse(call.func).split(".")[-1] == function.name
+            passed = [ast.unparse(arg).lstrip("*") for arg in call.args]
+            passed += [ast.unparse(keyword.value) for keyword in call.keywords]
+            bound = [ast.unparse(call.func).split(".")[0]] if "." in ast.unparse(call.func) else []
+            assert sorted(bound + passed) == sorted(names)
+
+
+def test_the_rule_is_a_yardstick_that_mends_about_two_thirds(written):
+    fixes = [e for e in written["test"] if e["channel"] == "fix"]
+    share = sum(tasks.answer_by_rule(e["prompt"]) == e["completion"] for e in fixes) / len(fixes)
+    assert 0.5 < share < 0.75
+    assert tasks.answer_by_rule("Fix this line: if x in (1, 2)") == "if x in (1, 2):"
+    assert tasks.answer_by_rule("Fix this line: f([1, 2") == "f([1, 2]"
+    assert tasks.answer_by_rule("List the arguments of: def f(a):") == ""
+
+
+def test_equal_files_give_equal_examples(tmp_path, monkeypatch):
+    files = {split: paths[:8] for split, paths in tasks.split_files().items()}
+    monkeypatch.setattr(tasks, "split_files", lambda: files)
+    first, second = (tasks.write_tasks(tmp_path / name) for name in "ab")
+    for path in first.iterdir():
+        assert path.read_bytes() == (second / path.name).read_bytes()
+
+
+def test_a_name_has_the_same_pieces_wherever_it_stands():
+    split = compile_splitter(WORDS_PATTERN)
+    for text in ("(name, name):", "x = name", "def name(", "\n\nname\n", "self.name=name", '"name"'):
+        assert "name" in split(text) and "".join(split(text)) == text
