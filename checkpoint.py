@@ -183,9 +183,10 @@ def catch_signals():
 
 def add_frame(out, stage, step):
     """Add a line to samples.txt: the same prompt and the same dice each time, another model."""
-    tokenizer, specials = stage.tokenizer, stage.tokenizer.special_tokens.values()
+    tokenizer, settings = stage.tokenizer, dict(top_p=1, mode="eager", vocab_size=stage.tokenizer.vocab_size)
     with torch.compiler.set_stance("force_eager"):  # the cache's shapes change with every token
-        steps = generate(stage.model.eval(), [stage.prompt], 30, specials, top_p=1, mode="eager")
+        specials = tokenizer.special_tokens.values()
+        steps = generate(stage.model.eval(), [stage.prompt], 30, specials, **settings)
         text = tokenizer.decode(stage.prompt) + "".join(piece for (piece,) in write(tokenizer, steps))
     stage.model.train()
     if processes()[0] == 0:

@@ -41,7 +41,7 @@ from loop import (
     sum_losses,
     train,
 )
-from lora import add_lora, load_adapter, merge, num_lora_params, save_adapter
+from lora import add_lora, load_adapter, merge, num_lora_params, put_adapter, save_adapter
 from machine import over_processes, processes
 from model import Transformer, config_from_json, load_safetensors
 from preference import MEASURES, dpo_loss, refer
@@ -92,7 +92,7 @@ def open_base(run, material, device):
     if run.lora_rank:
         add_lora(model, run.lora_rank, run.lora_alpha)
     if material.adapter:
-        model.load_state_dict(load_adapter(material.adapter)[0], strict=False)
+        put_adapter(model, material.adapter)
     return model.train()
 
 
@@ -143,7 +143,8 @@ def begin(run, material, device):
 
     def write(folder, weights):
         if run.lora_rank:
-            save_adapter(folder / "adapter", weights, run.lora_rank, run.lora_alpha, material.base)
+            base = os.path.relpath(material.base)
+            save_adapter(folder / "adapter", weights, run.lora_rank, run.lora_alpha, base)
             weights = merge(weights, run.lora_alpha / run.lora_rank)
         im_end = tokenizer.special_tokens["<|im_end|>"]
         ends = [*sorted(end_ids(material.base, tokenizer) - {im_end}), im_end]
@@ -345,7 +346,8 @@ def main():
     else:
         base = Path(args.model) if args.model else newest_base()
         run, reason = settings(args, config_of(base), device)
-        sources = dict(base=str(base), adapter=args.adapter, examples=args.examples, test=args.test)
+        sources = dict(base=base, adapter=args.adapter, examples=args.examples, test=args.test)
+        sources = {name: path and os.path.abspath(path) for name, path in sources.items()}
         sources["data"] = args.data or data_of(base)
     if rank == 0 and not sources["examples"] and not (tasks.FOLDER / "test.jsonl").exists():
         tasks.write_tasks()

@@ -79,15 +79,23 @@ def save_adapter(folder, weights, rank, alpha, base):
 
 def load_adapter(folder):
     """Read what save_adapter or PEFT wrote -> (weights, rank, alpha). ValueError: it is something else."""
+    folder, others = Path(folder), ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
     try:
-        settings = json.loads((Path(folder) / "adapter_config.json").read_bytes())
-        rank, alpha = settings["r"], settings["lora_alpha"]
-        update = load_safetensors(Path(folder) / "adapter_model.safetensors")
-        odd = {
-            name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if settings.get(name)
-        }
-        if odd or set(settings["target_modules"]) != set(MATRICES):
-            raise ValueError(f"it adapts {settings['target_modules']} {sorted(odd) or ''}, not {MATRICES}")
+        settings = json.loads((folder / "adapter_config.json").read_bytes())
+        rank, alpha, matrices = settings["r"], settings["lora_alpha"], settings["target_modules"]
+        odd = [name for name in others if settings.get(name)]
+        if odd or set(matrices) != set(MATRICES):
+            raise ValueError(f"it adapts {matrices} {odd or ''}, not {MATRICES}")
+        update = load_safetensors(folder / "adapter_model.safetensors")
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} is no adapter that fits here: {error!r:.200}") from None
     return {n.removeprefix(PREFIX).removesuffix(".weight"): w for n, w in update.items()}, rank, alpha
+
+
+def put_adapter(model, folder):
+    """Give a model with LoRA the update that a folder holds. ValueError: it is that of another model."""
+    update, _, _ = load_adapter(folder)
+    own = {name: p.shape for name, p in model.named_parameters() if ".lora_" in name}
+    if {name: weight.shape for name, weight in update.items()} != own:
+        raise ValueError(f"{folder} is an update of a model of another shape")
+    model.load_state_dict(update, strict=False)

@@ -37,9 +37,9 @@ def exact_match(examples, answers):
 
 
 def macro(shares):
-    """The mean over channels, of which those of longer questions ("args, many") do not count."""
+    """The mean over channels, but for those of longer questions ("args, many"); None: there are none."""
     counted = [share for channel, share in shares.items() if not channel.endswith(", many")]
-    return sum(counted) / max(1, len(counted))
+    return sum(counted) / len(counted) if counted else None
 
 
 def yardsticks(examples, test):

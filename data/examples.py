@@ -59,10 +59,8 @@ def conversations_of(record):
     for messages in found:
         for i, message in enumerate(messages):
             role, content = message["role"], message["content"]
-            if role not in ROLES or (role == "system" and i > 0):
-                raise ValueError(
-                    f"role {role!r} of message {i + 1} is none of user, assistant, and system at first"
-                )
+            if role not in ROLES[i > 0 :]:
+                raise ValueError(f"message {i + 1} has the role {role!r}, not {' or '.join(ROLES[i > 0 :])}")
             if not isinstance(content, str):
                 raise ValueError(f"the content of message {i + 1} is no text: {content!r:.40}")
             if role == "assistant" and not content.strip():
@@ -85,9 +83,8 @@ def read_examples(path, pairs=False):
     """
     examples, faults = [], []
     wanted = '"prompt", "chosen" and "rejected"' if pairs else '"messages", or "prompt" and "completion"'
-    for number, line in enumerate(
-        Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1
-    ):
+    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -109,16 +106,16 @@ def read_examples(path, pairs=False):
 
 def hold_out(examples):
     """(for training, for validation): of each channel a twentieth, chosen by content, is held out."""
-    by_channel, held_out = defaultdict(list), set()
-    for i, example in enumerate(examples):
+    digests, of_channel = [], defaultdict(set)
+    for example in examples:
         content = json.dumps(example.conversations).encode()
-        by_channel[example.channel].append((hashlib.blake2b(content, digest_size=8).digest(), i))
-    for found in by_channel.values():
-        held_out |= {i for _, i in sorted(found)[: min(MOST_DEV, len(found) // DEV_SHARE)]}
-    return (
-        [example for i, example in enumerate(examples) if i not in held_out],
-        [examples[i] for i in sorted(held_out)],
-    )
+        digests.append(hashlib.blake2b(content, digest_size=8).digest())
+        of_channel[example.channel].add(digests[-1])  # equal ones stay together
+    held_out = set()
+    for found in of_channel.values():
+        held_out |= set(sorted(found)[: min(MOST_DEV, len(found) // DEV_SHARE)])
+    both = list(zip(examples, digests))
+    return [e for e, d in both if d not in held_out], [e for e, d in both if d in held_out]
 
 
 # --- ids and targets ---
@@ -215,12 +212,8 @@ class Examples:
         mine = indices[rank::world]
         T, pairs = max(self.lengths[i] for i in indices), len(self.rows[0]) == 2
         n = -(-len(indices) // world)  # one process may have an example less: it gets a row without targets
-        ids = torch.zeros(n, 1 + pairs, T, dtype=torch.long)
-        targets, channels, references = (
-            torch.full_like(ids, IGNORED),
-            torch.zeros(n).long(),
-            torch.zeros(n, 2),
-        )
+        ids, references = torch.zeros(n, 1 + pairs, T, dtype=torch.long), torch.zeros(n, 2)
+        targets, channels = torch.full_like(ids, IGNORED), torch.zeros(n, dtype=torch.long)
         for row, i in enumerate(mine):
             channels[row] = self.channels.index(self.examples[i].channel)
             for k, (text, mask) in enumerate(self.rows[i]):
@@ -290,13 +283,10 @@ def read_material(run, base, adapter, examples, test, data):
 
 def identity(material, sources):
     """What a run must find unchanged when it goes on."""
-    files = [
-        *material.base.glob("*.safetensors"),
-        *(material.adapter or material.base).glob("adapter*.safetensors"),
-    ]
-    files += [Path(sources[name]) for name in ("examples", "test") if sources[name]]
-    if not sources["examples"]:
-        files += tasks.FOLDER.glob("*.jsonl")
+    files = [Path(sources[name]) for name in ("examples", "test") if sources[name]]
+    files = files or list(tasks.FOLDER.glob("*.jsonl"))
+    for folder in filter(None, (material.base, material.adapter)):
+        files += folder.glob("*.safetensors")
     digests = [hashlib.blake2b(np.memmap(path), digest_size=16).hexdigest() for path in sorted(files)]
     text = material.data.fingerprint if material.data else None
     return {"base model or examples": digests, "tokenizer": material.tokenizer.fingerprint, "text": text}

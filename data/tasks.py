@@ -12,6 +12,7 @@ seen none of their functions.
     python data/tasks.py        write data/tasks/train.jsonl, dev.jsonl and test.jsonl
 """
 
+import argparse
 import ast
 import io
 import json
@@ -132,6 +133,10 @@ def split_files():
     """{"train", "dev", "test": paths}: the files that pretraining holds out are for dev and test."""
     files, split = list(stdlib_files()), Split(find_documents(["pystdlib"], None, Counter())())
     held_out = sorted((b, path) for b, path in zip(split.buckets, files) if b in split.held_out)
+    with suppress(FileNotFoundError):
+        meta = json.loads((DATA / "pystdlib/meta.json").read_bytes())
+        if sum(meta["bytes"].values()) != split.bytes:
+            print("data/pystdlib was cut from another Python: a model of it may have seen some of the test")
     dev = [path for _, path in held_out[::3]]
     test = [path for _, path in held_out if path not in dev]
     return {"train": [path for path in files if path not in dev + test], "dev": dev, "test": test}
@@ -154,7 +159,7 @@ def cut_examples(paths, dice, n_lines, renamed):
         yield from ask_about(function)
     if renamed:
         names = {arg.arg for function in functions for arg in parameters(function)}
-        names = sorted(names | {function.name for function in functions})
+        names = sorted((names | {function.name for function in functions}) - {"self", "cls"})
         for function in functions:
             rename(function, names, dice)
             yield from ask_about(function)
@@ -164,6 +169,18 @@ def cut_examples(paths, dice, n_lines, renamed):
     for line in dice.sample(lines, len(lines)):
         if damaged := damage(line, dice):
             yield "fix", FIX + damaged, line
+
+
+def converse(*examples):
+    """Examples as one conversation, as they follow each other in a chat."""
+    turns = [(("user", example["prompt"]), ("assistant", example["completion"])) for example in examples]
+    messages = [{"role": role, "content": content} for turn in turns for role, content in turn]
+    return {"messages": messages, "channel": "dialogue"}
+
+
+def size(*examples):
+    """Characters of some examples."""
+    return sum(len(example["prompt"] + example["completion"]) for example in examples)
 
 
 def write_tasks(folder=FOLDER):
@@ -178,6 +195,11 @@ def write_tasks(folder=FOLDER):
                 found[channel].append({"prompt": question, "completion": answer, "channel": channel})
         examples = sum(found.values(), [])
         dice.shuffle(examples)
+        if split == "train":
+            pairs = [pair for pair in zip(examples, examples[1:]) if size(*pair) < 4 * LONGEST]
+            found["dialogue"] = [converse(*pair) for pair in pairs[: SIZES["train"]]]
+            examples += found["dialogue"]
+            dice.shuffle(examples)
         lines = "".join(json.dumps(example) + "\n" for example in examples)
         unfinished = folder / f"{split}.unfinished"
         unfinished.write_text(lines, encoding="utf-8")
@@ -187,5 +209,17 @@ def write_tasks(folder=FOLDER):
     return folder
 
 
-if __name__ == "__main__":
+def main():
+    argparse.ArgumentParser(description="Write the default fine-tuning examples to data/tasks/.").parse_args()
     write_tasks()
+    print("next: python finetune.py")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -61,7 +61,7 @@ def write_lines(path, records):
 
 
 def test_only_what_the_assistant_says_is_learned_and_all_of_it(tokenizer):
-    part = Examples([Example([DIALOGUE], "all")], tokenizer, 64, 1)
+    part = Examples([Example([DIALOGUE], "all")], tokenizer, 128, 1)
     ids, targets, counts, _ = part.batch(0)
     learned = [i for i in targets[0].tolist() if i != IGNORED]
     end = tokenizer.special_tokens[END]
@@ -179,10 +179,11 @@ def test_a_twentieth_of_each_channel_is_held_out_whatever_the_order():
 
 @pytest.fixture
 def several(tokenizer):
+    """53 examples of 2 channels and several lengths, of up to 32 tokens."""
     return Examples(
-        [turn("the cat " * (i % 7), "sat " * (1 + i % 5), "ab"[i % 2]) for i in range(53)],
+        [turn("the cat " * (i % 4), "sat " * (1 + i % 5), "ab"[i % 2]) for i in range(53)],
         tokenizer,
-        64,
+        31,
         8,
         seed=3,
     )
@@ -273,7 +274,7 @@ def test_an_update_starts_as_nothing_and_merges_into_the_same_model(model, tiny_
     "changes", [{}, dict(qkv_bias=True, tie_embeddings=False), dict(head_dim=10, n_kv_head=1)]
 )
 def test_as_many_parameters_learn_as_the_closed_form_says(tiny_config, changes):
-    config = replace(tiny_config, head_dim=0, **{"head_dim": 0} | changes)
+    config = replace(tiny_config, **{"head_dim": 0} | changes)
     model = add_lora(Transformer(config), 3, 6.0)
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all(".lora_" in name for name in learning)
@@ -474,7 +475,7 @@ SHORT = ("--batch-size", 8, "--dtype", "float32", "--eval-every", 5, "--save-eve
 def test_a_model_learns_to_answer_and_it_is_measured(base, chat, tmp_path):
     test = write_lines(tmp_path / "test.jsonl", [{"prompt": "say cat 0", "completion": "cat"}] * 2)
     out = tmp_path / "out"
-    options = ("--examples", chat, "--test", test, "--lr", 0.01, "--steps", 60, "--replay", 0.25)
+    options = ("--examples", chat, "--test", test, "--lr", 0.01, "--steps", 250, "--replay", 0.25)
     printed = run_here("--model", base, *options, *SHORT, "--out", out)
     assert "25% of a batch from test-finetune" in printed and "held out" in printed
     results = json.loads((out / "results.json").read_text())
@@ -498,7 +499,7 @@ def test_a_model_learns_to_answer_and_it_is_measured(base, chat, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     made = theirs.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :]
     assert made.tolist() == [*ids, tokenizer.special_tokens[END]]
-    assert "is finished: 60 steps" in run_here("--resume", "--out", out)
+    assert "is finished: 250 steps" in run_here("--resume", "--out", out)
 
 
 def assert_same_run(out, other):
@@ -641,6 +642,7 @@ def test_dpo_wants_pairs(base, chat):
 
 
 def test_batched_answers_are_those_of_one_after_the_other(model, tokenizer):
+    model.config.block_size = 128
     questions = [[{"role": "user", "content": "the cat " * (i % 5)}] for i in range(9)]
     together = answer(model, tokenizer, questions, 12, batch_size=4)
     assert together == [answer(model, tokenizer, [question], 12)[0] for question in questions]

@@ -170,11 +170,13 @@ def test_a_download_is_verified_before_it_gets_its_name(tmp_path, data):
     (tmp_path / "text.txt").write_bytes(b"published")
     with serve(tmp_path) as url:
         with pytest.raises(ValueError, match="is not the file that was published"):
-            stage.download(f"{url}/text.txt", "0" * 64)
+            stage.download(f"{url}/text.txt", data / "downloads", "0" * 64)
         assert not list((data / "downloads").iterdir())
-        path = stage.download(f"{url}/text.txt", hashlib.sha256(b"published").hexdigest())
+        path = stage.download(f"{url}/text.txt", data / "downloads", hashlib.sha256(b"published").hexdigest())
     assert path.read_bytes() == b"published"
-    assert stage.download(f"{url}/text.txt") == path  # the server is gone: it is not asked again
+    assert (
+        stage.download(f"{url}/text.txt", data / "downloads") == path
+    )  # the server is gone: it is not asked again
 
 
 def test_offline_says_what_to_do_instead(data, monkeypatch):

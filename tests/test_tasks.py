@@ -3,6 +3,7 @@
 import ast
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -59,9 +60,10 @@ def test_the_answers_are_right(written):
             assert sorted(part.lstrip("*") for part in answer.split(", ")) == sorted(names)
             assert (len(names) <= tasks.FEW) == few
         elif channel == "init":
-            made = {}
-            exec(answer, {"self": type("Any", (), {})(), **dict.fromkeys(names)}, made)
-            assert answer.count("\n") + 1 == len([name for name in names if name != "self"])
+            this = SimpleNamespace()
+            exec(answer, {name: name for name in names} | {"self": this})
+            assert all(value == name for name, value in vars(this).items())
+            assert answer.count("\n") + 1 == len(vars(this)) == len(set(names) - {"self"})
         else:
             call = ast.parse(answer).body[0].value
             assert ast.unparse(call.func).split(".")[-1] == function.name
