@@ -105,6 +105,25 @@ def base_bpb(model, data, n_tokens=None):
     return bits_per_byte(model, data.val, data.tokenizer.bytes_per_token, n_blocks)[0]
 
 
+def write_model(folder, weights, model, run, material):
+    """Write the files of a model: with LoRA the merged one, and the update in a folder of its own."""
+    if run.lora_rank:
+        base = os.path.relpath(material.base)
+        save_adapter(folder / "adapter", weights, run.lora_rank, run.lora_alpha, base)
+        weights = merge(weights, run.lora_alpha / run.lora_rank)
+    tokenizer = material.tokenizer
+    im_end = tokenizer.special_tokens["<|im_end|>"]
+    ends = [*sorted(end_ids(material.base, tokenizer) - {im_end}), im_end]
+    model.save(folder, tokenizer, weights, ends)
+
+
+def read_weights(folder, run):
+    """What write_model wrote and a run goes on with."""
+    if run.lora_rank:
+        return load_adapter(folder / "adapter")[0]
+    return load_safetensors(folder / "model.safetensors")
+
+
 def begin(run, material, device):
     """Fine-tuning from its first step, as a Stage."""
     torch.manual_seed(run.seed)
@@ -141,31 +160,16 @@ def begin(run, material, device):
                 score = values["val_loss"]
         return score, values
 
-    def write(folder, weights):
-        if run.lora_rank:
-            base = os.path.relpath(material.base)
-            save_adapter(folder / "adapter", weights, run.lora_rank, run.lora_alpha, base)
-            weights = merge(weights, run.lora_alpha / run.lora_rank)
-        im_end = tokenizer.special_tokens["<|im_end|>"]
-        ends = [*sorted(end_ids(material.base, tokenizer) - {im_end}), im_end]
-        model.save(folder, tokenizer, weights, ends)
-
-    def read(folder):
-        if run.lora_rank:
-            return load_adapter(folder / "adapter")[0]
-        return load_safetensors(folder / "model.safetensors")
-
-    columns = (
-        [f"val_{name}" for name in measures] + [f"val_loss {name}" for name in dev.channels] if dev else []
-    )
+    columns = [f"val_{name}" for name in measures] if dev else []
+    columns += [f"val_loss {name}" for name in dev.channels] if dev else []
     return Stage(
         model=model,
         optimizers=[optimizer],
         tokenizer=tokenizer,
         read_batch=read_batch,
         evaluate=evaluate,
-        write=write,
-        read=read,
+        write=partial(write_model, model=model, run=run, material=material),
+        read=partial(read_weights, run=run),
         prompt=render(tokenizer, (material.test or examples.examples)[0].question, answer=True)[0],
         loss_of=loss_of,
         measures=measures,
@@ -248,12 +252,8 @@ def plan(args, run, reason, material, device):
     full, thin = (sum(machine.training_memory(config, answers, k).values()) / 1e6 for k in (None, n_lora))
     say("memory", f"about {full:,.0f} MB if all weights learn, {thin:,.0f} MB with LoRA of rank {rank}")
     if run.method == "sft":
-        source = (
-            f"{run.replay:.0%} of a batch from {data.name}"
-            if data
-            else "none, what was it trained on? (--data)"
-        )
-        say("replay", f"{source}, against forgetting" if run.replay else source)
+        source = f"{run.replay:.0%} of a batch from {data.name}, against forgetting" if run.replay else "none"
+        say("replay", source if data else "none, for what the model was trained on is not known (--data)")
     by_time = not (args.steps or args.epochs)
     seconds = 60 * (args.minutes or MINUTES) if by_time else 0
     with machine.explain_memory(config, run):
@@ -279,22 +279,14 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description="Teach a model to answer, or to prefer.")
     add = parser.add_argument_group("what to learn").add_argument
     add("--model", metavar="DIR", help="the model to start from (the newest base model under out/)")
-    add(
-        "--examples", metavar="FILE", help=".jsonl with messages, or with prompt and completion (small tasks)"
-    )
-    add(
-        "--test", metavar="FILE", help=".jsonl with questions that have one right answer, to count at the end"
-    )
+    add("--examples", metavar="FILE", help=".jsonl of messages, or of prompt and completion (small tasks)")
+    add("--test", metavar="FILE", help=".jsonl of questions with one right answer, to be counted at the end")
     add("--method", choices=("sft", "dpo"), default="sft", help="dpo: prefer `chosen` to `rejected` (sft)")
     add("--out", metavar="DIR", help="where the result goes (out/NAME-chat or out/NAME-dpo)")
     add("--data", metavar="NAME", help="folder under data/ that the model was trained on (as it says itself)")
     add("--seed", type=int, help="equal seeds draw equal orders (0)")
     add("--resume", action="store_true", help="go on with the newest run, or with the one in --out")
-    add(
-        "--dry-run",
-        action="store_true",
-        help="show an example as the model reads it, and what of it is learned",
-    )
+    add("--dry-run", action="store_true", help="show an example, and what of it is learned, and stop")
     add = parser.add_argument_group("how long").add_argument
     add("--minutes", type=float, help=f"what steps and evaluations may take ({MINUTES}, or {EPOCHS} epochs)")
     add("--epochs", type=float, help="how often each example is seen, instead")
@@ -332,6 +324,20 @@ def parse_arguments():
     return args
 
 
+def new_state(args, run, reason, material, sources, device, out):
+    """Plan a run and make room for it. Returns its state before the first step, and what is measured then."""
+    plan(args, run, reason, material, device)
+    if processes()[0] == 0:
+        checkpoint.make_room(out)
+    stage = begin(run, material, device)
+    if run.method == "dpo":
+        for part in filter(None, (material.train, material.dev)):
+            refer(stage.model, part)
+    references = [part.references for part in (material.train, material.dev) if part]
+    state = fresh_state(run, "fine-tuning", sources=sources, data=sources["data"], references=references)
+    return state | identity(material, sources) | {"before": judge(stage, material)}
+
+
 def main():
     args = parse_arguments()
     sys.stdout.reconfigure(errors="replace")  # no answer should end a run on a terminal of few characters
@@ -349,6 +355,7 @@ def main():
         sources = dict(base=base, adapter=args.adapter, examples=args.examples, test=args.test)
         sources = {name: path and os.path.abspath(path) for name, path in sources.items()}
         sources["data"] = args.data or data_of(base)
+        out = out or OUT / f"{base.resolve().name}-{'chat' if run.method == 'sft' else run.method}"
     if rank == 0 and not sources["examples"] and not (tasks.FOLDER / "test.jsonl").exists():
         tasks.write_tasks()
     over_processes(0)  # the others wait for that
@@ -356,48 +363,29 @@ def main():
     if args.dry_run:
         return material.train.show(material.tokenizer)
     same_machine = state and (run.device, run.processes) == (device, world)
-    threads = run.threads if same_machine else machine.default_threads()
+    threads, place = run.threads if same_machine else machine.default_threads(), os.path.relpath(out)
     with machine.set_up(device, threads, run.deterministic):
         if state:
             checkpoint.refuse_changes(state, identity(material, sources))
             if (out / "results.json").exists():
-                print(f"{os.path.relpath(out)} is finished: {run.steps:,} steps, nothing is left to do")
+                print(f"{place} is finished: {run.steps:,} steps, nothing is left to do")
                 return
-            say("resumed", f"{os.path.relpath(out)} after step {state['step']:,} of {run.steps:,}")
-            for part, known in zip((material.train, material.dev), state["references"]):
-                part.references = known
+            say("resumed", f"{place} after step {state['step']:,} of {run.steps:,}")
+            for part, references in zip((material.train, material.dev), state["references"]):
+                part.references = references
         else:
-            plan(args, run, reason, material, device)
-            out = (
-                out or OUT / f"{material.base.resolve().name}-{'chat' if run.method == 'sft' else run.method}"
-            )
-            if rank == 0:
-                checkpoint.make_room(out)
-            state = fresh_state(run, "fine-tuning", sources=sources, data=sources["data"], references=[])
-            state |= identity(material, sources)
+            state = new_state(args, run, reason, material, sources, device, out)
         stage = begin(run, material, device)
-        if "before" not in state:
-            state["before"] = judge(stage, material)
-            for part in filter(None, (material.train, material.dev) if run.method == "dpo" else ()):
-                refer(stage.model, part)
-                state["references"].append(part.references)
         with machine.explain_memory(stage.model.config, run), checkpoint.catch_signals() as stop_asked:
             step, values = train(run, stage, out, device, state, stop_asked)
-        place = os.path.relpath(out)
         if values is None:
             print(f"\nstopped after step {step:,}; to go on: python finetune.py --resume --out {place}")
             sys.exit(130)
         before, after = state["before"], judge(stage, material)
     if rank == 0:
         answers = {"base": before["answers"], "tuned": after["answers"]}
-        others = yardsticks(material.train.examples, material.test)
-        report(
-            material.test,
-            answers,
-            others,
-            {"before": before["bpb"], "after": after["bpb"]},
-            out / "results.json",
-        )
+        bpb = {"before": before["bpb"], "after": after["bpb"]}
+        report(material.test, answers, yardsticks(material.train.examples, material.test), bpb, out)
     if world > 1:
         dist.destroy_process_group()
     if material.data:

@@ -165,23 +165,27 @@ def means(measures, channels, sums, split):
     return values | {f"{split}_loss {name}": loss / n if n else None for name, (n, loss, *_) in parts}
 
 
+def open_log(run, stage, out, device):
+    """The log of a run, with a column for all that the stage measures."""
+    model = stage.model
+    passes = 3 if model.model.norm.weight.requires_grad else 2  # forward, to the inputs, to the weights
+    flops = passes * model.config.flops_per_token(run.block_size)
+    more = [f"train_{name}" for name in stage.measures[1:]]
+    more += [*(f"train_loss {name}" for name in stage.channels), *stage.columns]
+    return checkpoint.Log(
+        out, run.steps, machine.gemm_rate(device, run.dtype) * processes()[1] / flops, device, more
+    )
+
+
 def train(run, stage, out, device, state, stop_asked=lambda: False):
     """The training loop. state: fresh_state's or, read from a checkpoint, of the place to go on from.
 
     Leaves in `out` what checkpoint.py says. Returns the last step and its line of the log, None after a stop.
     """
-    model, (rank, world) = stage.model, processes()
-    resumed = "optimizers" in state
+    (rank, world), resumed = processes(), "optimizers" in state
     if resumed:
         checkpoint.restore(out, stage, state)
-    passes = (
-        3 if model.model.norm.weight.requires_grad else 2
-    )  # forward, and backward to inputs and to weights
-    flops = passes * model.config.flops_per_token(run.block_size)
-    peak = machine.gemm_rate(device, run.dtype) * world / flops
-    more = [f"train_{name}" for name in stage.measures[1:]]
-    more += [*(f"train_loss {name}" for name in stage.channels), *stage.columns]
-    log = checkpoint.Log(out, run.steps, peak, device, more)
+    log = open_log(run, stage, out, device)
     zeros = torch.zeros(max(1, len(stage.channels)), 1 + len(stage.measures))
     tally = (zeros if state["tally"] is None else torch.tensor(state["tally"])).to(device)
     start, norm = time.perf_counter() - state["seconds"], 0.0

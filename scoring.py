@@ -53,8 +53,8 @@ def yardsticks(examples, test):
     return {"most_frequent": exact_match(test, frequent), "rule": by_rule}
 
 
-def report(test, answers, others, bpb, path):
-    """Print what share of the test was answered rightly, and examples; write the figures to a results.json.
+def report(test, answers, others, bpb, out):
+    """Print what share of the test was answered rightly, and examples; write the figures to results.json.
 
     answers: {"base": ..., "tuned": ...}; others: of yardsticks; bpb: {"before": ..., "after": ...} or Nones.
     """
@@ -81,4 +81,4 @@ def report(test, answers, others, bpb, path):
     }
     questions = {example.channel: example.question[-1]["content"] for example in reversed(test)}
     results = {"exact_match": figures, "macro": macro(shares["tuned"]), "bpb": bpb, "questions": questions}
-    path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -30,7 +30,7 @@ import machine
 from data import examples, prepare
 from data.examples import Example, Examples, hold_out, read_examples, with_chat_tokens
 from data.loader import IGNORED
-from lora import add_lora, load_adapter, merge, num_lora_params, save_adapter
+from lora import add_lora, load_adapter, merge, num_lora_params, put_adapter, save_adapter
 from model import Config, Transformer
 from preference import dpo_loss, log_probs, refer
 from sample import end_ids, generate, load, render
@@ -321,6 +321,10 @@ def test_an_update_that_does_not_fit_is_refused(model, tmp_path):
         (tmp_path / "adapter_config.json").write_text(json.dumps(settings_ | change))
         with pytest.raises(ValueError, match="it adapts"):
             load_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings_))
+    other = add_lora(Transformer(replace(model.config, n_hidden=96)), 4, 6.0)
+    with pytest.raises(ValueError, match="is an update of a model of another shape"):
+        put_adapter(other, tmp_path)
 
 
 # --- preferences ---
@@ -564,7 +568,7 @@ def test_a_qwen_like_folder_in_bfloat16_can_be_tuned_both_ways(tokenizer, chat, 
         printed = run_here("--model", tmp_path / "qwen", "--examples", chat, "--steps", 3, *SHORT, *options,
                            "--out", tmp_path / "out")  # fmt: skip
         assert "no tokens for the layout of a chat: they are added" in printed
-        assert "none, what was it trained on? (--data)" in printed
+        assert "what the model was trained on is not known (--data)" in printed
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert type(theirs).__name__ == "Qwen3ForCausalLM" and theirs.config.vocab_size == 320
         assert Transformer.load(tmp_path / "out").model.norm.weight.dtype == dtype
