@@ -247,9 +247,9 @@ def plan(args, run, reason, material, device):
     say("model", f"{os.path.relpath(material.base)}: {how} learn")
     say("device", f"{device} with {run.threads} threads, {run.dtype} for matrix products: {reason}")
     answers = replace(run, block_size=run.block_size * len(examples.rows[0]))  # one to a row, or two
-    learning = n_lora if run.lora_rank else None
+    learning = n_lora if run.lora_rank else n
     run.micro_batch = answers.micro_batch = machine.fit_micro_batch(config, answers, device, learning)
-    full, thin = (sum(machine.training_memory(config, answers, k).values()) / 1e6 for k in (None, n_lora))
+    full, thin = (sum(machine.training_memory(config, answers, k).values()) / 1e6 for k in (n, n_lora))
     say("memory", f"about {full:,.0f} MB if all weights learn, {thin:,.0f} MB with LoRA of rank {rank}")
     if run.method == "sft":
         source = f"{run.replay:.0%} of a batch from {data.name}, against forgetting" if run.replay else "none"

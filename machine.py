@@ -108,8 +108,7 @@ def peak_memory(device):
 def training_memory(shape, run, learning=None):
     """{what: bytes} that a process takes, estimated: weights, gradients, optimizers' moments, activations.
 
-    learning: the number of parameters of a LoRA update, if it alone learns, with AdamW.
-
+    learning: how many parameters AdamW trains, all or those of a LoRA update; None: all, most with Muon.
     Activations are what the backward pass of a block wants to see again: in float32 the stream before and
     behind each norm, q, k, v and the result of attention; then the inputs of all matrices.
     """
@@ -120,7 +119,8 @@ def training_memory(shape, run, learning=None):
     activations = shape.n_layer * run.micro_batch * run.block_size * block
     sizes = dict(weights=4 * n, gradients=4 * n, moments=8 * n - 4 * matrices)  # Muon keeps one, AdamW two
     if learning:
-        sizes = dict(weights=4 * (n + learning), gradients=4 * learning, moments=8 * learning)
+        beside = 4 * learning if learning < n else 0  # an update is no part of the n
+        sizes = dict(weights=4 * n + beside, gradients=4 * learning, moments=8 * learning)
     sharded = {name: size // processes()[1] for name, size in sizes.items()}
     return sharded | dict(activations=activations)
 
