@@ -2,7 +2,7 @@
 
     out/NAME/                            the newest model, log.csv and samples.txt
     out/NAME/checkpoints/step_000200/    the same at a step, and train_state.pt: what the run needs to go on
-    out/NAME/checkpoints/best/           the model with the lowest val_bpb
+    out/NAME/checkpoints/best/           the model with the best validation
 
 A checkpoint is written under another name, flushed to the disk and renamed: what bears its name is whole, and
 a crash while saving loses nothing. What is opened cannot run code (`weights_only=True`).

@@ -31,6 +31,7 @@ from data.examples import identity, n_replayed, read_material
 from data.loader import Blocks
 from data.prepare import DATA
 from loop import (
+    REPLAYED,
     Run,
     Stage,
     bits_per_byte,
@@ -44,7 +45,7 @@ from loop import (
 from lora import add_lora, load_adapter, merge, num_lora_params, put_adapter, save_adapter
 from machine import over_processes, processes
 from model import Transformer, config_from_json, load_safetensors
-from preference import MEASURES, dpo_loss, refer
+from preference import MEASURES, cache_references, dpo_loss
 from sample import OUT, end_ids, render
 from scoring import answer, report, yardsticks
 from tokenizer import Tokenizer
@@ -137,7 +138,7 @@ def begin(run, material, device):
         measures, loss_of = MEASURES, partial(dpo_loss, beta=run.beta, likelihood=run.likelihood)
     n_replay = n_replayed(run)
     if n_replay:
-        blocks, channels = Blocks(data.train, model.config.block_size, run.seed), [*channels, "replay"]
+        blocks, channels = Blocks(data.train, run.block_size, run.seed), [*channels, REPLAYED]
 
     def read_batch(step):
         batch = examples.batch(step, *processes())
@@ -149,10 +150,10 @@ def begin(run, material, device):
         return tuple(map(torch.cat, zip(batch, (ids[:, :T], targets[:, :T], counts, channel))))
 
     def evaluate(step):
-        score, values = 0.0, {"val_bpb": None}
+        score, values = -step, {"val_bpb": None}  # without examples to judge by, the newest model is the best
         with machine.precision(device, run.dtype):
             if data:
-                score = values["val_bpb"] = base_bpb(model, data, EVAL_TOKENS if step < run.steps else None)
+                values["val_bpb"] = base_bpb(model, data, EVAL_TOKENS if step < run.steps else None)
             if dev:
                 batches = (dev.tensors(indices, *processes()) for indices in dev.by_length())
                 sums = sum_losses(model, loss_of, batches, len(dev.channels))
@@ -215,6 +216,10 @@ def data_of(base):
 def settings(args, config, device):
     """(Tuning, reason of the dtype): what follows from the arguments, the model and the device alone."""
     rank, alpha = args.lora_rank or 0, args.lora_alpha
+    if (args.block_size or 1) > config.block_size:
+        raise ValueError(f"--block-size {args.block_size} is above the model's, {config.block_size}")
+    if (args.batch_size or 32) < processes()[1]:
+        raise ValueError(f"--batch-size {args.batch_size} is less than an example for each process")
     if args.adapter:
         _, rank, alpha = load_adapter(args.adapter)
     dtype, reason = (args.dtype, "as asked") if args.dtype else machine.default_dtype(device)
@@ -242,22 +247,23 @@ def plan(args, run, reason, material, device):
     config, examples, data = config_of(material.base), material.train, material.data
     n, rank = config.num_params(), run.lora_rank or 8
     n_lora = num_lora_params(config, rank)
-    run.block_size = max(examples.lengths)
     how = f"{n_lora:,} parameters beside its {n:,}" if run.lora_rank else f"all {n:,} parameters"
     say("model", f"{os.path.relpath(material.base)}: {how} learn")
     say("device", f"{device} with {run.threads} threads, {run.dtype} for matrix products: {reason}")
-    answers = replace(run, block_size=run.block_size * len(examples.rows[0]))  # one to a row, or two
+    longest = replace(run, block_size=max(examples.lengths) * len(examples.rows[0]))  # a pair has two rows
     learning = n_lora if run.lora_rank else n
-    run.micro_batch = answers.micro_batch = machine.fit_micro_batch(config, answers, device, learning)
-    full, thin = (sum(machine.training_memory(config, answers, k).values()) / 1e6 for k in (n, n_lora))
+    run.micro_batch = longest.micro_batch = machine.fit_micro_batch(config, longest, device, learning)
+    full, thin = (sum(machine.training_memory(config, longest, k).values()) / 1e6 for k in (n, n_lora))
     say("memory", f"about {full:,.0f} MB if all weights learn, {thin:,.0f} MB with LoRA of rank {rank}")
     if run.method == "sft":
-        source = f"{run.replay:.0%} of a batch from {data.name}, against forgetting" if run.replay else "none"
-        say("replay", source if data else "none, for what the model was trained on is not known (--data)")
+        share, known = (
+            n_replayed(run) / run.batch_size,
+            data.name if data else "nothing: its text is unknown (--data)",
+        )
+        say("replay", f"{share:.0%} of the rows of a batch are from {known}, against forgetting")
     by_time = not (args.steps or args.epochs)
     seconds = 60 * (args.minutes or MINUTES) if by_time else 0
-    with machine.explain_memory(config, run):
-        per_token = measure_step(partial(begin, run, material, device), run, device, 0.03 * seconds)
+    per_token = measure_step(partial(begin, run, material, device), run, device, 0.03 * seconds)
     per_step = per_token * examples.mean_tokens() * run.batch_size / examples.batch_size
     evaluated = N_EVALS * (EVAL_TOKENS if data else 0) + (len(data.val) if data else 0)
     evaluated += N_EVALS * material.dev.mean_tokens() * material.dev.per_epoch if material.dev else 0
@@ -321,18 +327,24 @@ def parse_arguments():
         raise ValueError("--adapter brings its own rank: leave --lora-rank out")
     if args.lora_alpha and not args.lora_rank:
         raise ValueError("--lora-alpha goes with --lora-rank")
+    for name in ("replay",) if args.method == "dpo" else ("beta", "likelihood"):
+        if getattr(args, name) != parser.get_default(name):
+            raise ValueError(f"--{name} is of no use with --method {args.method}")
     return args
 
 
 def new_state(args, run, reason, material, sources, device, out):
     """Plan a run and make room for it. Returns its state before the first step, and what is measured then."""
+    for name in ("base", "adapter", "examples", "test"):
+        if sources[name] and out in (Path(sources[name]), *Path(sources[name]).parents):
+            raise ValueError(f"{out} holds what is read, {sources[name]}: choose another --out")
     plan(args, run, reason, material, device)
     if processes()[0] == 0:
         checkpoint.make_room(out)
     stage = begin(run, material, device)
     if run.method == "dpo":
         for part in filter(None, (material.train, material.dev)):
-            refer(stage.model, part)
+            cache_references(stage.model, part, run)
     references = [part.references for part in (material.train, material.dev) if part]
     state = fresh_state(run, "fine-tuning", sources=sources, data=sources["data"], references=references)
     return state | identity(material, sources) | {"before": judge(stage, material)}
@@ -356,8 +368,8 @@ def main():
         sources = {name: path and os.path.abspath(path) for name, path in sources.items()}
         sources["data"] = args.data or data_of(base)
         out = out or OUT / f"{base.resolve().name}-{'chat' if run.method == 'sft' else run.method}"
-    if rank == 0 and not sources["examples"] and not (tasks.FOLDER / "test.jsonl").exists():
-        tasks.write_tasks()
+    if rank == 0 and not sources["examples"]:
+        tasks.find_tasks()
     over_processes(0)  # the others wait for that
     material = read_material(run, **sources)
     if args.dry_run:
@@ -367,14 +379,15 @@ def main():
     with machine.set_up(device, threads, run.deterministic):
         if state:
             checkpoint.refuse_changes(state, identity(material, sources))
-            if (out / "results.json").exists():
+            if state["step"] == run.steps and (out / "results.json").exists():
                 print(f"{place} is finished: {run.steps:,} steps, nothing is left to do")
                 return
             say("resumed", f"{place} after step {state['step']:,} of {run.steps:,}")
             for part, references in zip((material.train, material.dev), state["references"]):
                 part.references = references
         else:
-            state = new_state(args, run, reason, material, sources, device, out)
+            with machine.explain_memory(config_of(material.base), run):
+                state = new_state(args, run, reason, material, sources, device, out)
         stage = begin(run, material, device)
         with machine.explain_memory(stage.model.config, run), checkpoint.catch_signals() as stop_asked:
             step, values = train(run, stage, out, device, state, stop_asked)

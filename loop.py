@@ -24,6 +24,7 @@ from optimizer import learning_rate
 from tokenizer import Tokenizer
 
 SAVE_SECONDS = 600  # between checkpoints at most
+REPLAYED = "(replay)"  # the channel of text that is only read again, lest it be forgotten
 
 
 @dataclass
@@ -157,12 +158,15 @@ def fresh_state(run, stage, **others):
 def means(measures, channels, sums, split):
     """{column: value} of sums (channels, 1 + measures), the first one of which is a count.
 
-    Means are formed last: those of steps or processes of different sizes can't be averaged.
+    Means are formed last: those of steps or processes of different sizes can't be averaged. What is replayed
+    has a column of its own, but no part in the whole.
     """
-    n, *totals = sums.sum(0).tolist()
+    by_channel = dict(zip(channels or [None], sums.tolist()))
+    n, *totals = (sum(row) for row in zip(*(row for name, row in by_channel.items() if name != REPLAYED)))
     values = {f"{split}_{name}": total / max(1, n) for name, total in zip(measures, totals)}
-    parts = zip(channels, sums.tolist())
-    return values | {f"{split}_loss {name}": loss / n if n else None for name, (n, loss, *_) in parts}
+    for name, (n, loss, *_) in by_channel.items():
+        values[f"{split}_loss {name}"] = loss / n if n else None
+    return values
 
 
 def open_log(run, stage, out, device):
@@ -200,6 +204,7 @@ def train(run, stage, out, device, state, stop_asked=lambda: False):
     if not resumed:
         checkpoint.add_frame(out, stage, 0)
         save()
+    values = {}  # of a run that was killed after its last step
     batches, saved = read_ahead(stage.read_batch, state["step"], device == "cuda"), time.perf_counter()
     log.start_lap(state["tokens"])
     for step in range(state["step"] + 1, run.steps + 1):
@@ -247,9 +252,8 @@ def measure_step(begin, run, device, limit=0):
     while len(seconds) < 4 or sum(seconds[3:]) < limit:
         start = time.perf_counter()
         *batch, counts, _ = stage.read_batch(len(seconds))
-        training_step(stage, batch, int(counts.sum()) * world, 0.1, run)[
-            0
-        ].sum().item()  # waits for the device
+        rows, _ = training_step(stage, batch, int(counts.sum()) * world, 0.1, run)
+        rows.sum().item()  # waits for the device
         seconds.append(over_processes(time.perf_counter() - start) / world)
         rates.append(seconds[-1] / batch[0].numel() / world)
     del stage

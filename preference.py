@@ -9,6 +9,7 @@ of the chosen answer against the rejected one are raised, and beta is what leavi
 import torch
 import torch.nn.functional as F
 
+import machine
 from data.loader import IGNORED
 from machine import over_processes, processes
 
@@ -32,19 +33,25 @@ def dpo_loss(model, ids, targets, reference, beta, likelihood):
     """
     log_p = log_probs(model, ids.flatten(0, 1), targets.flatten(0, 1)).view(-1, 2)
     n_tokens = (targets[:, 0] != IGNORED).sum(1)
-    margin = beta * (log_p - reference) @ log_p.new_tensor([1.0, -1.0])
+    chosen, rejected = (log_p - reference).unbind(1)
+    margin = beta * (chosen - rejected)
     loss = -F.logsigmoid(margin) - likelihood * log_p[:, 0] / n_tokens.clamp(min=1)
     rows = torch.stack((loss, margin, (margin > 0).float(), *log_p.unbind(1)), 1) * (n_tokens > 0)[:, None]
     return rows[:, 0].sum(), rows.detach()
 
 
 @torch.no_grad()
-def refer(model, examples):
+def cache_references(model, examples, run):
     """Keep log p of all answers before the first step in `examples`, instead of a second model in memory."""
-    found, (rank, world) = torch.zeros_like(examples.references), processes()
-    for indices in examples.by_length():
+    device, found, (rank, world) = (
+        model.model.norm.weight.device,
+        torch.zeros_like(examples.references),
+        processes(),
+    )
+    for indices in examples.by_length(run.micro_batch * world):
         mine = indices[rank::world]
         ids, targets, *_ = examples.tensors(indices, rank, world)
-        ids, targets = (tensor.flatten(0, 1).to(model.model.norm.weight.device) for tensor in (ids, targets))
-        found[mine] = log_probs(model, ids, targets).view(-1, 2)[: len(mine)].float().cpu()
+        with machine.precision(device.type, run.dtype):  # as in training, or the loss would not start at ln 2
+            log_p = log_probs(model, ids.flatten(0, 1).to(device), targets.flatten(0, 1).to(device))
+        found[mine] = log_p.view(-1, 2)[: len(mine)].cpu()
     examples.references = over_processes(found).float()

@@ -161,7 +161,8 @@ def converse(model, tokenizer, folder, ends, seed, **settings):
         print("this model was not taught to chat: it will go on with the text, not answer", file=sys.stderr)
     with suppress(OSError, ValueError, KeyError):  # finetune.py leaves some questions
         taught = json.loads((folder / "results.json").read_bytes())["questions"].values()
-        print("it was taught to answer such, new to it as they are:", *taught, sep="\n  ", file=sys.stderr)
+        if taught:
+            print("it answers questions such as these, new to it:", *taught, sep="\n  ", file=sys.stderr)
     print("/reset starts anew, /quit ends; Ctrl-C cuts an answer short", file=sys.stderr)
     chat = Chat(model, tokenizer)
     stop_ids = ends | {tokenizer.special_tokens["<|im_end|>"]}

@@ -1,4 +1,4 @@
-"""What fine-tuning taught: questions with one right answer, answered freely and compared to the character.
+"""What fine-tuning taught: questions with one right answer, answered freely and compared by the character.
 
 A loss would flatter: it is measured along the right answer. Here a model hears nothing but itself, takes the
 likeliest token each time, and one wrong character makes an answer wrong.
@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 
 from data.tasks import answer_by_rule
 from decoding import generate
+from machine import processes
 from sample import render
 
 N_SHOWN = 5  # examples of each channel
@@ -20,6 +21,7 @@ def answer(model, tokenizer, questions, longest, batch_size=64):
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers, stop_ids = {}, set(tokenizer.special_tokens.values())
     greedy = dict(temperature=0, stop_ids=stop_ids, vocab_size=tokenizer.vocab_size)
+    greedy["mode"] = "eager" if processes()[1] > 1 else None  # no CUDA graph of what passes between processes
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
         steps = list(generate(model, [prompts[i] for i in batch], longest, **greedy))

@@ -378,7 +378,7 @@ class Tokenizer:
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if SPECIAL_TOKENS[0] in self.special_tokens:
             settings["eos_token"] = SPECIAL_TOKENS[0]
-        if self.special_tokens.keys() >= set(SPECIAL_TOKENS):
+        if self.special_tokens.keys() >= set(SPECIAL_TOKENS[1:]):
             settings["chat_template"] = CHAT_TEMPLATE
         Path(folder, "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 

@@ -53,6 +53,8 @@ class Example:
 
 def conversations_of(record):
     """The conversations of a record, each a list of messages. ValueError: what is wrong with it."""
+    if not isinstance(record, dict):
+        raise ValueError(f"it is no JSON object: {record!r:.40}")
     messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
     answers = [record[name] for name in ("completion", "chosen", "rejected") if name in record]
     found = [messages + [{"role": "assistant", "content": answer}] for answer in answers] or [messages]
@@ -71,6 +73,8 @@ def conversations_of(record):
             raise ValueError("the first turn must be the user's")
         if "assistant" not in said:
             raise ValueError("there is no turn of the assistant to learn")
+        while messages[-1]["role"] != "assistant":  # what nobody answers teaches nothing
+            messages.pop()
     if len(found) == 2 and found[0][-1]["content"].strip() == found[1][-1]["content"].strip():
         raise ValueError("chosen and rejected are the same")
     return found
@@ -131,12 +135,15 @@ def with_chat_tokens(tokenizer):
     return Tokenizer(tokenizer.document | {"added_tokens": tokenizer.document["added_tokens"] + added})
 
 
-def fit(tokenizer, messages, room):
+def fit(tokenizer, messages, room, last_only=False):
     """ids and loss mask of a conversation, whose end is cut off where it is longer than `room` tokens.
 
-    Before a message, if that leaves an answer. Returns both and whether something was cut off.
+    Before a message, if that leaves an answer. last_only: earlier answers are not learned. Returns both and
+    whether something was cut off.
     """
     parts = [render(tokenizer, [message]) for message in messages]
+    if last_only:
+        parts = [(ids, [False] * len(ids)) for ids, _ in parts[:-1]] + parts[-1:]
     ids, mask = [], []
     for new_ids, new_mask in parts:
         if any(mask) and len(ids) + len(new_ids) > room:
@@ -157,8 +164,10 @@ class Examples:
         self.examples, self.rows, self.n_cut = [], [], 0
         self.batch_size, self.seed = batch_size, seed
         for example in examples:
-            row = [fit(tokenizer, messages, block_size + 1) for messages in example.conversations]
-            if all(mask.any() for _, mask, _ in row):
+            several = example.conversations
+            row = [fit(tokenizer, messages, block_size + 1, len(several) > 1) for messages in several]
+            distinct = len({tuple(ids.tolist()) for ids, _, _ in row}) == len(row)
+            if distinct and all(mask.any() for _, mask, _ in row):
                 self.examples.append(example)
                 self.rows.append([(ids, mask) for ids, mask, _ in row])
                 self.n_cut += any(is_cut for _, _, is_cut in row)
@@ -187,15 +196,16 @@ class Examples:
             batches += [by_length[i : i + n] for i in range(0, len(by_length), n)]
         return [batches[i] for i in dice.permutation(len(batches))]
 
-    def by_length(self):
-        """All indices once, in batches."""
-        order = sorted(range(len(self.rows)), key=self.lengths.__getitem__)
-        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+    def by_length(self, size=None):
+        """All indices once, in batches of that size (batch_size)."""
+        order, size = sorted(range(len(self.rows)), key=self.lengths.__getitem__), size or self.batch_size
+        return [order[i : i + size] for i in range(0, len(order), size)]
 
     def mean_tokens(self):
         """Tokens of a batch with its padding, on average."""
-        batches = self.epoch(0)
-        return sum(len(batch) * max(self.lengths[i] for i in batch) for batch in batches) / len(batches)
+        batches, n_answers = self.epoch(0), len(self.rows[0])
+        tokens = sum(len(batch) * max(self.lengths[i] for i in batch) for batch in batches)
+        return n_answers * tokens / len(batches)
 
     def batch(self, step, rank=0, world=1):
         """What process `rank` of `world` takes of the step's batch, see tensors."""
@@ -254,8 +264,13 @@ class Material:
 
 
 def n_replayed(run):
-    """Rows of a batch that come from the base model's own text; each process has as many."""
-    return round(run.batch_size * run.replay / run.processes) * run.processes
+    """Rows of a batch that come from the base model's own text; each process has as many. ValueError: all."""
+    n = round(run.batch_size * run.replay / run.processes) * run.processes
+    if n >= run.batch_size:
+        raise ValueError(
+            f"--replay {run.replay} of --batch-size {run.batch_size} leaves no room for examples"
+        )
+    return n
 
 
 def read_material(run, base, adapter, examples, test, data):
@@ -265,6 +280,8 @@ def read_material(run, base, adapter, examples, test, data):
     tokenizer = with_chat_tokens(known)
     if tokenizer is not known:
         print(f"{base} has no tokens for the layout of a chat: they are added, at the mean of the others")
+        if run.lora_rank:
+            print("so the adapter will fit the result, not that folder as it is")
     data = load_data(find_data(data)) if data else None
     if data and data.tokenizer.fingerprint != known.fingerprint:
         print(f"{data.name} was prepared with another tokenizer: it is of no use to {base}")
@@ -276,17 +293,21 @@ def read_material(run, base, adapter, examples, test, data):
         learned, dev = hold_out(read_examples(examples, run.method == "dpo"))
         test = read_examples(test) if test else []
     shape = dict(block_size=run.block_size, batch_size=run.batch_size - n_replayed(run), seed=run.seed)
-    learned, dev = (Examples(part, tokenizer, **shape) if part else None for part in (learned, dev))
-    print(f"{'examples':10}{learned}\n{'held out':10}{dev or 'none, for no channel has 20'}")
+    learned = Examples(learned, tokenizer, **shape)
+    try:
+        dev = Examples(dev, tokenizer, **shape) if dev else None
+    except ValueError:
+        dev = None
+    print(f"{'examples':10}{learned}\n{'held out':10}{dev or 'none: too few of each channel, or too long'}")
     return Material(base, adapter, tokenizer, learned, dev, test, data)
 
 
 def identity(material, sources):
     """What a run must find unchanged when it goes on."""
     files = [Path(sources[name]) for name in ("examples", "test") if sources[name]]
-    files = files or list(tasks.FOLDER.glob("*.jsonl"))
+    files = files or sorted(tasks.FOLDER.glob("*.jsonl"))
     for folder in filter(None, (material.base, material.adapter)):
-        files += folder.glob("*.safetensors")
-    digests = [hashlib.blake2b(np.memmap(path), digest_size=16).hexdigest() for path in sorted(files)]
-    text = material.data.fingerprint if material.data else None
-    return {"base model or examples": digests, "tokenizer": material.tokenizer.fingerprint, "text": text}
+        files += sorted(folder.glob("*.safetensors"))
+    found = {"tokenizer": material.tokenizer.fingerprint}
+    found["text of the base model"] = material.data.fingerprint if material.data else None
+    return found | {str(path): hashlib.blake2b(np.memmap(path), digest_size=16).hexdigest() for path in files}

@@ -17,6 +17,7 @@ import ast
 import io
 import json
 import os
+import platform
 import random
 import sys
 import tokenize
@@ -130,16 +131,16 @@ def answer_by_rule(question):
 
 
 def split_files():
-    """{"train", "dev", "test": paths}: the files that pretraining holds out are for dev and test."""
+    """{"train", "dev", "test": paths}: the files that pretraining holds out are for dev and test.
+
+    Also the bytes of all of them, by which prepared data can be known.
+    """
     files, split = list(stdlib_files()), Split(find_documents(["pystdlib"], None, Counter())())
     held_out = sorted((b, path) for b, path in zip(split.buckets, files) if b in split.held_out)
-    with suppress(FileNotFoundError):
-        meta = json.loads((DATA / "pystdlib/meta.json").read_bytes())
-        if sum(meta["bytes"].values()) != split.bytes:
-            print("data/pystdlib was cut from another Python: a model of it may have seen some of the test")
     dev = [path for _, path in held_out[::3]]
     test = [path for _, path in held_out if path not in dev]
-    return {"train": [path for path in files if path not in dev + test], "dev": dev, "test": test}
+    train = [path for path in files if path not in dev + test]
+    return {"train": train, "dev": dev, "test": test}, split.bytes
 
 
 def cut_examples(paths, dice, n_lines, renamed):
@@ -187,11 +188,13 @@ def write_tasks(folder=FOLDER):
     """Write the three files and return their folder. No question stands in two of them, or twice in one."""
     dice, asked = random.Random(0), set()
     folder.mkdir(parents=True, exist_ok=True)
-    for split, paths in split_files().items():
+    splits, n_bytes = split_files()
+    for split, paths in splits.items():
         found, limit = defaultdict(list), SIZES[split]
         for channel, question, answer in cut_examples(paths, dice, 2 * limit, split == "train"):
-            if question not in asked and len(found[channel]) < limit:
-                asked.add(question)
+            unique = answer if channel == "fix" else question  # a line is damaged in one way only
+            if unique not in asked and len(found[channel]) < limit:
+                asked.add(unique)
                 found[channel].append({"prompt": question, "completion": answer, "channel": channel})
         examples = sum(found.values(), [])
         dice.shuffle(examples)
@@ -206,7 +209,24 @@ def write_tasks(folder=FOLDER):
         os.replace(unfinished, folder / f"{split}.jsonl")
         counts = ", ".join(f"{channel} {len(found[channel]):,}" for channel in sorted(found))
         print(f"{os.path.relpath(folder)}/{split}.jsonl: {len(examples):,} examples ({counts})")
+    meta = {"python": platform.python_version(), "bytes": n_bytes}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     return folder
+
+
+def find_tasks():
+    """Write the tasks if they are missing or of another Python; warn if a model may have seen the test."""
+    try:
+        meta = json.loads((FOLDER / "meta.json").read_bytes())
+    except (OSError, ValueError):
+        meta = {}
+    if meta.get("python") != platform.python_version():
+        write_tasks()
+        meta = json.loads((FOLDER / "meta.json").read_bytes())
+    with suppress(FileNotFoundError):
+        trained_on = json.loads((DATA / "pystdlib/meta.json").read_bytes())
+        if sum(trained_on["bytes"].values()) != meta["bytes"]:
+            print("data/pystdlib is of another Python than data/tasks: a model of it may have seen the test")
 
 
 def main():

@@ -32,7 +32,7 @@ from data.examples import Example, Examples, hold_out, read_examples, with_chat_
 from data.loader import IGNORED
 from lora import add_lora, load_adapter, merge, num_lora_params, put_adapter, save_adapter
 from model import Config, Transformer
-from preference import dpo_loss, log_probs, refer
+from preference import cache_references, dpo_loss, log_probs
 from sample import end_ids, generate, load, render
 from scoring import answer
 from tokenizer import Tokenizer
@@ -114,9 +114,10 @@ def test_a_long_conversation_is_cut_at_a_turn_or_else_within_the_answer(tokenize
     for room in range(4, whole + 2):
         ids, mask, is_cut = examples.fit(tokenizer, DIALOGUE, room)
         assert len(ids) <= room and is_cut == (len(ids) < whole)
-        if first <= room < whole:  # the question after it may stay
-            assert len(ids) in (first, len(render(tokenizer, DIALOGUE[:4])[0]), room)
-            assert int(mask.sum()) >= len(tokenizer.encode("the mat")) + 1
+        if first <= room < whole:  # the question after it may stay, a part of an answer may not
+            second = len(render(tokenizer, DIALOGUE[:4])[0])
+            assert len(ids) == (second if room >= second else first)
+            assert int(mask.sum()) == len(tokenizer.encode("the mat")) + 1
     part = [Example([DIALOGUE], "all"), turn("x", "y"), turn("the cat " * 50, "never reached")]
     made = Examples(part, tokenizer, whole - 2, 2)
     assert (len(made.rows), made.n_cut, made.n_dropped) == (2, 1, 1)
@@ -164,6 +165,23 @@ def test_unusable_lines_are_named_and_counted(tmp_path, capsys):
     write_lines(path, pairs)
     assert len(read_examples(path, pairs=True)) == 1
     assert "chosen and rejected are the same" in capsys.readouterr().out
+
+
+def test_of_a_pair_only_the_last_answer_counts_and_equal_ones_are_left_out(tokenizer):
+    history, (question,) = DIALOGUE[1:3], [{"role": "user", "content": "sat on"}]
+    both = [[*history, question, {"role": "assistant", "content": text}] for text in ("the mat", "the dog")]
+    part = Examples([Example(both, "all")], tokenizer, 128, 1)
+    for k, text in enumerate(("the mat", "the dog")):
+        learned = [i for i in part.batch(0)[1][0, k].tolist() if i != IGNORED]
+        assert learned == [*tokenizer.encode(text), tokenizer.special_tokens[END]]
+    room = len(render(tokenizer, both[0][:-1], answer=True)[0])
+    with pytest.raises(ValueError, match="no example has an answer"):
+        Examples([Example(both, "all")], tokenizer, room, 1)  # cut where they are still the same
+
+
+def test_what_follows_the_last_answer_teaches_nothing():
+    found = examples.conversations_of({"messages": [*DIALOGUE[1:3], {"role": "user", "content": "and?"}]})
+    assert found == [DIALOGUE[1:3]]
 
 
 def test_a_twentieth_of_each_channel_is_held_out_whatever_the_order():
@@ -343,7 +361,7 @@ def pairs(tokenizer):
 
 
 def test_log_probabilities_are_those_of_the_answers_alone(pairs, model):
-    refer(model, pairs)
+    cache_references(model, pairs, make_run())
     for i, row in enumerate(pairs.rows):
         for k, (ids, mask) in enumerate(row):
             with torch.no_grad():
@@ -353,7 +371,7 @@ def test_log_probabilities_are_those_of_the_answers_alone(pairs, model):
 
 
 def test_preferring_starts_at_ln_2_and_widens_the_margin(pairs, model):
-    refer(model, pairs)
+    cache_references(model, pairs, make_run())
     loss_of = stage.partial(dpo_loss, beta=0.1, likelihood=0.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     optimizer.param_groups[0]["initial_lr"] = 1e-3
@@ -371,7 +389,7 @@ def test_preferring_starts_at_ln_2_and_widens_the_margin(pairs, model):
 
 
 def test_the_loss_of_a_pair_is_that_of_the_paper(pairs, model):
-    refer(model, pairs)
+    cache_references(model, pairs, make_run())
     torch.manual_seed(1)
     for p in model.parameters():
         p.data += 0.02 * torch.randn_like(p)
@@ -437,20 +455,18 @@ def base(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory):
+    """48 different questions of two channels; of each, one is held out."""
+    words = [("cat", "animal"), ("mat", "thing"), ("dog", "animal"), ("mat", "thing")] * 12
     records = [
-        {"prompt": f"say {word}", "completion": word, "channel": kind}
-        for kind, words in (("animal", ["cat", "dog"] * 12), ("thing", ["mat"] * 24))
-        for word in words
-    ]
-    records = [
-        record | {"prompt": record["prompt"] + " " * 0 + f" {i % 8}"} for i, record in enumerate(records)
+        {"prompt": f"say {word} {i}", "completion": word, "channel": kind}
+        for i, (word, kind) in enumerate(words)
     ]
     return write_lines(tmp_path_factory.mktemp("chat") / "chat.jsonl", records)
 
 
 @pytest.fixture(scope="module")
 def preferred(tmp_path_factory):
-    records = [{"prompt": f"say {i % 9}", "chosen": "the cat", "rejected": "dog"} for i in range(45)]
+    records = [{"prompt": f"say {i}", "chosen": "the cat", "rejected": "dog"} for i in range(45)]
     return write_lines(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", records)
 
 
@@ -481,7 +497,7 @@ def test_a_model_learns_to_answer_and_it_is_measured(base, chat, tmp_path):
     out = tmp_path / "out"
     options = ("--examples", chat, "--test", test, "--lr", 0.01, "--steps", 250, "--replay", 0.25)
     printed = run_here("--model", base, *options, *SHORT, "--out", out)
-    assert "25% of a batch from test-finetune" in printed and "held out" in printed
+    assert "25% of the rows of a batch are from test-finetune" in printed and "held out" in printed
     results = json.loads((out / "results.json").read_text())
     assert results["exact_match"]["all"] | {"most_frequent": 0} == {
         "base": 0.0, "tuned": 1.0, "most_frequent": 0, "n": 2,
@@ -493,7 +509,7 @@ def test_a_model_learns_to_answer_and_it_is_measured(base, chat, tmp_path):
     for name in ("animal", "thing"):
         assert float(rows[-1][f"val_loss {name}"]) < 0.5
         assert any(row[f"train_loss {name}"] for row in rows)
-    assert any(row["train_loss replay"] for row in rows)
+    assert any(row["train_loss (replay)"] for row in rows)
     assert [name for name in rows[0] if "bpb" in name] == ["val_bpb"]
     model, tokenizer = load(out)
     assert end_ids(out, tokenizer) == {tokenizer.special_tokens[name] for name in ("<|endoftext|>", END)}
@@ -514,6 +530,16 @@ def assert_same_run(out, other):
     assert read_log(out) == read_log(other)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dpo_starts_at_ln_2_whatever_the_dtype(pairs, model, dtype):
+    run = make_run(dtype=dtype, micro_batch=4)
+    cache_references(model, pairs, run)
+    with machine.precision("cpu", dtype):
+        batches = [pairs.tensors(indices) for indices in pairs.by_length(4)]
+        sums = loop.sum_losses(model, stage.partial(dpo_loss, beta=1.0, likelihood=0.0), batches, 1)
+    assert (sums[0, 1] / sums[0, 0]).item() == pytest.approx(math.log(2), abs=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["full", "lora", "dpo"])
 def test_a_run_killed_at_any_checkpoint_goes_on_to_the_same_bits(base, chat, preferred, tmp_path, kind):
     options = {
@@ -527,6 +553,11 @@ def test_a_run_killed_at_any_checkpoint_goes_on_to_the_same_bits(base, chat, pre
     steps = sorted(path.name for path in whole.glob("checkpoints/step_*"))
     assert steps == ["step_000010", "step_000012"]
     shutil.copytree(whole, tmp_path / "killed")
+    (tmp_path / "killed/results.json").unlink()
+    assert "after step 12 of 12" in run_here(
+        "--resume", "--out", tmp_path / "killed"
+    )  # killed while it counted
+    assert_same_run(tmp_path / "killed", whole)
     shutil.rmtree(tmp_path / "killed/checkpoints/step_000012")
     (tmp_path / "killed/results.json").unlink()
     assert "after step 10 of 12" in run_here("--resume", "--out", tmp_path / "killed")
@@ -568,7 +599,7 @@ def test_a_qwen_like_folder_in_bfloat16_can_be_tuned_both_ways(tokenizer, chat, 
         printed = run_here("--model", tmp_path / "qwen", "--examples", chat, "--steps", 3, *SHORT, *options,
                            "--out", tmp_path / "out")  # fmt: skip
         assert "no tokens for the layout of a chat: they are added" in printed
-        assert "what the model was trained on is not known (--data)" in printed
+        assert "its text is unknown (--data)" in printed
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert type(theirs).__name__ == "Qwen3ForCausalLM" and theirs.config.vocab_size == 320
         assert Transformer.load(tmp_path / "out").model.norm.weight.dtype == dtype
@@ -626,6 +657,9 @@ def test_two_processes_learn_what_one_learns(base, chat, tmp_path):
         (["--steps", "1", "--epochs", "1"], "--minutes, --epochs and --steps exclude each other"),
         (["--examples", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--data", "nowhere"], "no data named 'nowhere'"),
+        (["--block-size", "4096"], "--block-size 4096 is above the model's, 64"),
+        (["--batch-size", "2", "--replay", "0.8"], "leaves no room for examples"),
+        (["--beta", "0.2"], "--beta is of no use with --method sft"),
     ],
 )
 def test_a_mistake_is_named(base, chat, tmp_path, arguments, message):
@@ -636,6 +670,13 @@ def test_a_mistake_is_named(base, chat, tmp_path, arguments, message):
     with pytest.raises((ValueError, OSError)) as error:
         run_here(*given_, *arguments)
     assert message in str(error.value)
+
+
+def test_no_run_moves_away_what_it_reads(base, chat, tmp_path):
+    shutil.copytree(base, tmp_path / "model")
+    with pytest.raises(ValueError, match="holds what is read, .*model: choose another --out"):
+        run_here("--model", tmp_path / "model", "--examples", chat, "--steps", 1, "--out", tmp_path / "model")
+    assert (tmp_path / "model/model.safetensors").exists()
 
 
 def test_dpo_wants_pairs(base, chat):

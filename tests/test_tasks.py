@@ -3,7 +3,8 @@
 import ast
 import json
 import random
-from types import SimpleNamespace
+import re
+from types import MethodType, SimpleNamespace
 
 import pytest
 
@@ -28,13 +29,20 @@ def test_there_are_enough_questions_of_every_kind(written):
 
 
 def test_no_question_of_the_test_was_seen(written):
-    asked = {split: {e["prompt"] for e in found} for split, found in written.items()}
-    assert all(len(asked[split]) == len(found) for split, found in written.items())
+    single = {split: [e for e in found if "prompt" in e] for split, found in written.items()}
+    asked = {split: {e["prompt"] for e in found} for split, found in single.items()}
+    assert all(len(asked[split]) == len(found) for split, found in single.items())
+    mended = {
+        split: {e["completion"] for e in found if e["channel"] == "fix"} for split, found in single.items()
+    }
+    assert not mended["train"] & mended["test"]
+    for dialogue in (e["messages"] for e in written["train"] if "prompt" not in e):
+        assert {message["content"] for message in dialogue[::2]} <= asked["train"]
     assert not asked["train"] & asked["dev"] and not (asked["train"] | asked["dev"]) & asked["test"]
 
 
 def test_test_and_dev_come_from_the_files_that_pretraining_holds_out():
-    files = tasks.split_files()
+    files, _ = tasks.split_files()
     split = Split(find_documents(["pystdlib"], None, tasks.Counter())())
     paths = list(tasks.stdlib_files())
     held_out = {path for b, path in zip(split.buckets, paths) if b in split.held_out}
@@ -46,31 +54,40 @@ def test_test_and_dev_come_from_the_files_that_pretraining_holds_out():
 def test_the_answers_are_right(written):
     """Each is checked in another way than it was made."""
     for e in written["test"] + written["dev"] + random.Random(0).sample(written["train"], 2000):
+        if e["channel"] == "dialogue":
+            continue
         question, answer, channel = e["prompt"], e["completion"], e["channel"].removesuffix(", many")
         if channel == "fix":
             damaged = question.removeprefix(tasks.FIX)
             assert len(damaged) == len(answer) - 1
             assert any(answer[:i] + answer[i + 1 :] == damaged for i in range(len(answer)))
             continue
-        function = ast.parse(question.split(": ", 1)[1] + " pass").body[0]
-        a = function.args
-        names = [arg.arg for arg in ast.walk(a) if isinstance(arg, ast.arg)]
-        few = "many" not in e["channel"]
+        signature = question.split(": ", 1)[1]
+        space = {"calls": [], "self": SimpleNamespace(), "cls": SimpleNamespace()}
+        name = re.match(r"def (\w+)", signature)[1]
+        names = [arg.arg for arg in ast.walk(ast.parse(signature + " pass")) if isinstance(arg, ast.arg)]
+        a = ast.parse(signature + " pass").body[0].args
+        starred = {arg.arg: stars for arg, stars in ((a.vararg, "*"), (a.kwarg, "**")) if arg}
+        in_order = [arg.arg for arg in (*a.posonlyargs, *a.args, *filter(None, [a.vararg]), *a.kwonlyargs)]
+        in_order += [a.kwarg.arg] if a.kwarg else []
+        assert sorted(in_order) == sorted(names)
         if channel == "args":
-            assert sorted(part.lstrip("*") for part in answer.split(", ")) == sorted(names)
-            assert (len(names) <= tasks.FEW) == few
+            assert answer == ", ".join(starred.get(name, "") + name for name in in_order)
+            assert (len(names) <= tasks.FEW) == ("many" not in e["channel"])
         elif channel == "init":
-            this = SimpleNamespace()
-            exec(answer, {name: name for name in names} | {"self": this})
-            assert all(value == name for name, value in vars(this).items())
-            assert answer.count("\n") + 1 == len(vars(this)) == len(set(names) - {"self"})
-        else:
-            call = ast.parse(answer).body[0].value
-            assert ast.unparse(call.func).split(".")[-1] == function.name
-            passed = [ast.unparse(arg).lstrip("*") for arg in call.args]
-            passed += [ast.unparse(keyword.value) for keyword in call.keywords]
-            bound = [ast.unparse(call.func).split(".")[0]] if "." in ast.unparse(call.func) else []
-            assert sorted(bound + passed) == sorted(names)
+            space |= {name: name for name in names if name != "self"}
+            exec(answer, space)
+            assert vars(space["self"]) == {name: name for name in names if name != "self"}
+        else:  # the call, made for real, passes each parameter what bears its name
+            bound = in_order[0] in ("self", "cls")
+            space |= {name: name for name in names if name not in ("self", "cls")}
+            space |= {name: (name,) if stars == "*" else {"more": name} for name, stars in starred.items()}
+            plain = re.sub(r"=[^,()]*(\([^()]*\))?", "=None", signature)
+            exec(f"{plain} return locals()", space)
+            if bound:
+                setattr(space[in_order[0]], name, MethodType(space[name], space[in_order[0]]))
+            made = eval(answer, space)
+            assert {n: made[n] for n in in_order[bound:]} == {n: space[n] for n in in_order[bound:]}
 
 
 def test_the_rule_is_a_yardstick_that_mends_about_two_thirds(written):
@@ -83,8 +100,10 @@ def test_the_rule_is_a_yardstick_that_mends_about_two_thirds(written):
 
 
 def test_equal_files_give_equal_examples(tmp_path, monkeypatch):
-    files = {split: paths[:8] for split, paths in tasks.split_files().items()}
-    monkeypatch.setattr(tasks, "split_files", lambda: files)
+    files, n_bytes = tasks.split_files()
+    monkeypatch.setattr(
+        tasks, "split_files", lambda: ({split: paths[:8] for split, paths in files.items()}, n_bytes)
+    )
     first, second = (tasks.write_tasks(tmp_path / name) for name in "ab")
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes()
