@@ -175,7 +175,9 @@ class Examples:
         if not self.rows:
             raise ValueError(f"no example has an answer within the first {block_size} tokens")
         self.channels = sorted({example.channel for example in self.examples})
-        self.lengths = [max(len(ids) for ids, _ in row) - 1 for row in self.rows]
+        # in steps of eight: for each shape that it meets, a CPU's library of kernels keeps plans in memory
+        lengths = (-(-(max(len(ids) for ids, _ in row) - 1) // 8) * 8 for row in self.rows)
+        self.lengths = [min(length, block_size) for length in lengths]
         self.references = torch.zeros(len(self.rows), len(self.rows[0]))  # log p, see preference.py
         self.per_epoch = -(-len(self.rows) // batch_size)  # batches
 
