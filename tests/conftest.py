@@ -1,6 +1,10 @@
 """What the tests share: tiny real components, and the benchmark text where its path is known."""
 
+import csv
+import io
 import os
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -43,6 +47,26 @@ def model(tiny_config):
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.1)
     return model.eval()
+
+
+def run_main(main, *argv):
+    """A script's main() within this process, which is quicker than another one. Returns what it prints."""
+    output, before = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), sys.argv
+    sys.argv = [str(part) for part in argv]
+    try:
+        with redirect_stdout(output):
+            main()
+    finally:
+        sys.argv = before
+    output.flush()
+    return output.buffer.getvalue().decode()
+
+
+def read_log(out):
+    """The rows of log.csv, without the columns that measure time, speed and memory."""
+    measured = ("seconds", "tokens_per_second", "mfu", "memory_mb")
+    with open(out / "log.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in measured} for row in csv.DictReader(file)]
 
 
 def make_run(**changes):

@@ -2,15 +2,12 @@
 preferences start at ln 2, and a run that was stopped ends as if it had not been.
 """
 
-import csv
-import io
 import json
 import math
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from contextlib import redirect_stdout
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,7 +17,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT, WORDS, make_run
+from conftest import ROOT, WORDS, make_run, read_log, run_main
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -417,9 +414,8 @@ def test_the_loss_of_a_pair_is_that_of_the_paper(pairs, model):
 
 
 def test_missing_chat_tokens_are_added_at_the_mean(tmp_path, tiny_config):
-    plain = Tokenizer.train([WORDS * 3], vocab_size=300, special_tokens=("<|endoftext|>",))
-    assert with_chat_tokens(with_chat_tokens(plain)) is not plain
-    for tied, V in ((True, 300), (False, 320)):  # the second has rows to spare
+    for tied, V, special in ((True, 300, "<|endoftext|>"), (False, 320, "<|begin_of_text|>")):
+        plain = Tokenizer.train([WORDS * 3], vocab_size=300, special_tokens=(special,))
         model = Transformer(replace(tiny_config, vocab_size=V, tie_embeddings=tied))
         before = model.model.embed_tokens.weight.detach().clone()
         tokenizer = with_chat_tokens(plain)
@@ -476,22 +472,7 @@ def preferred(tmp_path_factory):
 
 
 def run_here(*arguments):
-    """The script within this process. Returns what it prints."""
-    output, before = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), sys.argv
-    sys.argv = ["finetune.py", "--device", "cpu", *map(str, arguments)]
-    try:
-        with redirect_stdout(output):
-            stage.main()
-    finally:
-        sys.argv = before
-    output.flush()
-    return output.buffer.getvalue().decode()
-
-
-def read_log(out):
-    measured = ("seconds", "tokens_per_second", "mfu", "memory_mb")
-    with open(out / "log.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in measured} for row in csv.DictReader(file)]
+    return run_main(stage.main, "finetune.py", "--device", "cpu", *arguments)
 
 
 SHORT = ("--batch-size", 8, "--dtype", "float32", "--eval-every", 5, "--save-every", 3)

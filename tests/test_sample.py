@@ -126,6 +126,17 @@ def test_the_ends_of_a_text_are_those_of_the_folder(folder, tokenizer, model):
 
 # --- conversations ---
 
+
+def test_a_model_that_was_taught_tasks_says_which(folder, model, tokenizer, monkeypatch, capsys):
+    for results in ({}, {"questions": {}}, {"questions": {"args": "List the arguments of: def f(a):"}}):
+        (folder / "results.json").write_text(json.dumps(results))
+        monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))
+        stage.converse(model, tokenizer, folder, set(), 0)
+        greeting = capsys.readouterr().err
+        assert ("questions such as these" in greeting) == bool(results.get("questions"))
+    assert "\n  List the arguments of: def f(a):\n" in greeting
+
+
 MESSAGES = [
     {"role": "user", "content": "the cat"},
     {"role": "assistant", "content": "sat on"},

@@ -1,7 +1,6 @@
 """What train.py promises: honest numbers, the same digits from the same seed, also after a kill."""
 
 import csv
-import io
 import math
 import os
 import resource
@@ -9,14 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, WORDS, make_run
+from conftest import ROOT, WORDS, make_run, read_log, run_main
 
 import checkpoint
 import loop
@@ -202,23 +200,7 @@ def wait_for(path, process):
 
 
 def run_here(*arguments):
-    """The script within this process, which is quicker. Returns what it prints."""
-    output, before = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), sys.argv
-    sys.argv = [str(part) for part in command(*arguments)[1:]]
-    try:
-        with redirect_stdout(output):
-            stage.main()
-    finally:
-        sys.argv = before
-    output.flush()
-    return output.buffer.getvalue().decode()
-
-
-def read_log(out):
-    """The rows of log.csv, without the columns that measure time, speed and memory."""
-    measured = ("seconds", "tokens_per_second", "mfu", "memory_mb")
-    with open(out / "log.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in measured} for row in csv.DictReader(file)]
+    return run_main(stage.main, *command(*arguments)[1:])
 
 
 def assert_same_run(out, other):
