@@ -247,4 +247,4 @@ class Log:
             print("\r\033[K" * self.terminal + line + f"\n{'':9}{others}" * bool(others), flush=True)
         elif self.terminal:  # a line that the next one overwrites
             columns = shutil.get_terminal_size().columns
-            print(f"\r{line}  {others}"[:columns], end="", flush=True)
+            print(f"\r{line}  {others}"[:columns] + "\033[K", end="", flush=True)
