@@ -6,8 +6,9 @@ likeliest token each time, and one wrong character makes an answer wrong.
 
 import json
 from collections import Counter, defaultdict
+from dataclasses import replace
 
-from data.tasks import answer_by_rule
+from data.tasks import MANY, answer_by_rule
 from decoding import generate
 from machine import processes
 from sample import render
@@ -38,10 +39,12 @@ def exact_match(examples, answers):
     return {channel: sum(found) / len(found) for channel, found in sorted(right.items())}
 
 
-def macro(shares):
-    """The mean over channels, but for those of longer questions ("args, many"); None: there are none."""
-    counted = [share for channel, share in shares.items() if not channel.endswith(", many")]
-    return sum(counted) / len(counted) if counted else None
+def macro(examples, answers, all_lengths=False):
+    """The mean over kinds of questions, without or with the longer ones ("args, many"); None: of none."""
+    pairs = [(e, said) for e, said in zip(examples, answers) if all_lengths or not e.channel.endswith(MANY)]
+    kinds = [replace(example, channel=example.channel.removesuffix(MANY)) for example, _ in pairs]
+    shares = exact_match(kinds, [said for _, said in pairs]).values()
+    return sum(shares) / len(shares) if shares else None
 
 
 def yardsticks(examples, test):
@@ -69,8 +72,10 @@ def report(test, answers, others, bpb, out):
     for channel, row in rows.items():
         values = (" " * 15 if value is None else f"{value:15.3f}" for value in row.values())
         print(f"{channel:16}{counts[channel]:10,}{''.join(values)}")
-    if len(rows) > 1:
-        print(f"{'macro':26}{macro(shares['base']):15.3f}{macro(shares['tuned']):15.3f}")
+    macros = {every: [macro(test, said, every) for said in answers.values()] for every in (False, True)}
+    for name, every in (("macro", False), ("macro of all", True)):
+        if len(rows) > 1 and None not in macros[every]:
+            print(f"{name:26}" + "".join(f"{value:15.3f}" for value in macros[every]))
     for channel in rows:
         for i in [i for i, example in enumerate(test) if example.channel == channel][:N_SHOWN]:
             print(f"\n  {test[i].question[-1]['content']}")
@@ -82,5 +87,6 @@ def report(test, answers, others, bpb, out):
         for channel, row in rows.items()
     }
     questions = {example.channel: example.question[-1]["content"] for example in reversed(test)}
-    results = {"exact_match": figures, "macro": macro(shares["tuned"]), "bpb": bpb, "questions": questions}
+    results = {"exact_match": figures, "macro": macros[False][-1], "macro_of_all": macros[True][-1]}
+    results |= {"bpb": bpb, "questions": questions}
     (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from data.prepare import DATA, Split, find_documents, stdlib_files  # noqa: E402
 
 FOLDER = DATA / "tasks"
-FEW = 4  # parameters; questions about more are channels of their own, such as "args, many"
+FEW, MANY = 4, ", many"  # parameters; questions about more are channels of their own, such as "args, many"
 LONGEST = 60  # characters of a line or a signature; of many parameters, twice as many
 SIZES = {"train": 16_000, "dev": 200, "test": 250}  # examples of a channel at most
 FIX = "Fix this line: "
@@ -58,7 +58,7 @@ def ask_about(function):
         return
     stars = {a.vararg: "*", a.kwarg: "**"}
     names = [stars.get(arg, "") + arg.arg for arg in found]
-    many = ", many" if len(names) > FEW else ""
+    many = MANY if len(names) > FEW else ""
     passed = [f"{arg.arg}={arg.arg}" if arg in a.kwonlyargs else name for arg, name in zip(found, names)]
     bound = names[0] in ("self", "cls")
     call = (

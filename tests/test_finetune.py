@@ -31,7 +31,7 @@ from lora import add_lora, load_adapter, merge, num_lora_params, put_adapter, sa
 from model import Config, Transformer
 from preference import cache_references, dpo_loss, log_probs
 from sample import end_ids, generate, load, render
-from scoring import answer
+from scoring import answer, exact_match, macro
 from tokenizer import Tokenizer
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -670,6 +670,20 @@ def test_dpo_wants_pairs(base, chat):
         run_here("--model", base, "--method", "dpo")
     with pytest.raises(ValueError, match='a line needs "prompt", "chosen" and "rejected"'):
         run_here("--model", base, "--method", "dpo", "--examples", chat)
+
+
+def test_macros_are_means_over_kinds_with_and_without_long_questions():
+    test = [
+        turn("q", "a", "args"),
+        turn("q", "a", "args, many"),
+        turn("q", "a", "fix"),
+        turn("q", "a", "fix"),
+    ]
+    answers = ["a ", "b", "a", "b"]
+    assert macro(test, answers) == (1 + 0.5) / 2
+    assert macro(test, answers, all_lengths=True) == (0.5 + 0.5) / 2
+    assert macro([], []) is None
+    assert exact_match(test, answers) == {"args": 1, "args, many": 0, "fix": 0.5}
 
 
 def test_batched_answers_are_those_of_one_after_the_other(model, tokenizer):
