@@ -120,7 +120,7 @@ def find_run(out, stage):
 def refuse_changes(state, found):
     """ValueError: something of what was found is not what the run began with."""
     for what, value in found.items():
-        if state[what] != value:
+        if state.get(what) != value:
             raise ValueError(f"the {what} has changed since the run began, so it cannot be resumed: {value}")
 
 

@@ -303,7 +303,12 @@ def parse_arguments():
     add("--lora-rank", type=int, metavar="R", help="train an update of rank R instead of all weights")
     add("--lora-alpha", type=float, help="the update is multiplied by alpha / R (2 R)")
     add("--adapter", metavar="DIR", help="such an update of --model, to go on with")
-    add("--replay", type=float, default=REPLAY, help=f"share of a batch from the model's own text ({REPLAY})")
+    add(
+        "--replay",
+        type=float,
+        default=REPLAY,
+        help=f"share of a batch's rows that are the model's own text ({REPLAY})",
+    )
     add("--beta", type=float, default=0.1, help="dpo: what it costs to leave the model at the start (0.1)")
     add("--likelihood", type=float, default=0.0, help="dpo: weight of the chosen answer's own loss (0)")
     add("--batch-size", type=int, metavar="EXAMPLES", help="examples per step, over all processes (32)")
@@ -400,7 +405,10 @@ def main():
         bpb = {"before": before["bpb"], "after": after["bpb"]}
         report(material.test, answers, yardsticks(material.train.examples, material.test), bpb, out)
     if world > 1:
+        over_processes(0)  # the first one has written its report
         dist.destroy_process_group()
+        if rank:
+            os._exit(0)  # now and then a thread of PyTorch's would abort the usual way out
     if material.data:
         change = f"{before['bpb']:.4f} bits per byte before, {after['bpb']:.4f} now"
         print(f"\nthe base model's own text, {material.data.name}: {change}")

@@ -151,7 +151,8 @@ def explain_memory(shape, run):
             replace(run, micro_batch=run.micro_batch // 2),
             replace(run, block_size=run.block_size // 2),
         )
-        options = [f"--block-size {shorter.block_size} needs {needs(shorter)}", "a smaller --preset less"]
+        options = [f"--block-size {shorter.block_size} needs {needs(shorter)}"]
+        options.append("a smaller --preset less" if run.preset else "--lora-rank 8 less")
         if fewer.micro_batch:
             options.insert(0, f"--batch-size {fewer.micro_batch * processes()[1]} needs {needs(fewer)}")
         why = f"out of memory: this run was thought to need {needs(run)}"

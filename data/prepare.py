@@ -51,7 +51,7 @@ DOWNLOADS = {  # name -> [(URL, SHA-256 or None)]
 SOURCES = ("pystdlib", *DOWNLOADS)
 
 
-# --- documents: pairs of (parts of its text, "train" or "val" where its publisher has decided that) ---
+# --- documents: (parts of its text, "train" or "val" where its publisher has decided that, its source) ---
 
 
 def decode(raw, path, damaged):
@@ -140,7 +140,8 @@ def text_files(paths):
 def find_documents(sources, field, damaged):
     """Return a function that starts a fresh pass over the documents of a named corpus or of paths.
 
-    A pass counts the stray bytes of files that are not UTF-8 in `damaged`.
+    The source of a document is the number of its path. A pass counts the stray bytes of files that are not
+    UTF-8 in `damaged`.
     """
     if sources == ["pystdlib"]:
         files = [(path, 0) for path in stdlib_files()]

@@ -566,6 +566,23 @@ def test_a_run_killed_at_any_checkpoint_goes_on_to_the_same_bits(base, chat, pre
         assert float(rows[-1]["val_log_p_chosen"]) < 0 and float(rows[-1]["train_log_p_rejected"]) < 0
 
 
+def test_a_run_goes_on_with_the_examples_that_it_began_with_or_not_at_all(base, chat, tmp_path):
+    mine = tmp_path / "mine.jsonl"
+    shutil.copy(chat, mine)
+    run_here("--model", base, "--examples", mine, "--steps", 1, *SHORT, "--out", tmp_path / "out")
+    with open(mine, "a") as file:
+        file.write('{"prompt": "more", "completion": "more"}\n')
+    with pytest.raises(ValueError, match="mine.jsonl has changed since the run began"):
+        run_here("--resume", "--out", tmp_path / "out")
+    shutil.copy(chat, mine)
+    shutil.copy(base / "model.safetensors", base / "another.safetensors")
+    try:
+        with pytest.raises(ValueError, match="another.safetensors has changed since the run began"):
+            run_here("--resume", "--out", tmp_path / "out")
+    finally:
+        (base / "another.safetensors").unlink()
+
+
 def test_an_update_can_be_trained_further(base, chat, tmp_path):
     options = ("--model", base, "--examples", chat, *SHORT)
     run_here(*options, "--steps", 5, "--lora-rank", 2, "--lora-alpha", 3, "--out", tmp_path / "a")
@@ -619,7 +636,8 @@ def test_steps_follow_from_epochs_or_minutes(base, chat, tmp_path):
 
 
 def test_two_processes_learn_what_one_learns(base, chat, tmp_path):
-    options = ["--model", base, "--examples", chat, "--steps", 8, *SHORT, "--replay", 0.25]
+    """But for rounding: Adam's first steps go by the sign of a gradient, even of one that is nearly zero."""
+    options = ["--model", base, "--examples", chat, "--steps", 8, *SHORT, "--replay", 0.25, "--lr", 0.001]
     run_here(*options, "--out", tmp_path / "one")
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*program, ROOT / "finetune.py", "--device", "cpu", *options, "--out", tmp_path / "two"]

@@ -96,6 +96,9 @@ def test_a_compiled_run_learns_the_same_and_saves_the_plain_names(prepared, tmp_
 
 def test_running_out_of_memory_says_what_to_change(tiny_config):
     run = make_run(batch_size=8, micro_batch=8)
+    tuning = machine.replace(run, preset="")
+    with pytest.raises(ValueError, match="--lora-rank 8 less"), machine.explain_memory(tiny_config, tuning):
+        torch.empty(2**60)
     with (
         pytest.raises(ValueError, match="--batch-size 4 needs about .* GB, --block-size 16 needs about"),
         machine.explain_memory(tiny_config, run),
