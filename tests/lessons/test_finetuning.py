@@ -1,0 +1,375 @@
+"""Fine-tuning: what is learned of a conversation, thin updates, forgetting, preferences."""
+
+import math
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lora import LoRALinear, add_lora, merge, num_lora_params
+from model import KVCache, Transformer
+from preference import dpo_loss
+
+from .book import drawn_model, forward, largest, table, tiny_config, train
+
+
+def test_lora_starts_as_the_base_model_and_merges_exactly():
+    """What is LoRA, and does it cost anything afterwards?
+
+    W x + (alpha/r) B A x, with W frozen, A (r, in) random and B (out, r) zero: at first the model is the
+    base, and r (in + out) weights per matrix learn. Then B A is added to W, and nothing is left to pay.
+
+    Often told: LoRA adds layers that slow down inference.
+    Code: lora.py LoRALinear
+    Source: Hu et al. (2021, arXiv 2106.09685), sec. 4.1
+    """
+    base, ids = drawn_model(), torch.randint(64, (2, 10))
+    before = base(ids)
+    model = add_lora(base, rank=4, alpha=8)
+    rows = [("before the first step", largest(model(ids) - before))]
+    for name, p in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(p, std=0.1)  # as if it had learned
+    learned = model(ids)
+    merged = Transformer(model.config)
+    merged.load_state_dict(merge(model.state_dict(), scale=8 / 4))
+    rows += [
+        ("after learning", largest(learned - before)),
+        ("... and merged", largest(learned - merged(ids))),
+    ]
+    table("LoRA | difference, from the base and then from what was learned", *rows)
+    n = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"    {n:,} of {model.config.num_params():,} parameters learn")
+    assert rows[0][1] == 0 and rows[1][1] > 0.1 and rows[2][1] < 1e-4
+    assert n == num_lora_params(model.config, rank=4)
+
+
+def test_lora_saves_gradients_and_moments_but_not_the_forward_pass():
+    """Why does LoRA take less memory, and how much faster is it?
+
+    The frozen matrices have no gradient and no moments. Of a layer's three products (forward, gradient of the
+    input, gradient of the weight) one is saved: at most a third of the FLOPs. The forward pass grows a
+    little, and activations must still be kept.
+
+    Often told: LoRA is fast because few parameters are computed.
+    Code: lora.py add_lora
+    Source: Hu et al. (2021), sec. 4.2, report 25 % more speed for GPT-3
+    """
+
+    def flops(lora):
+        layers = [nn.Linear(256, 256, bias=False) for _ in range(8)]
+        if lora:
+            layers = [LoRALinear(layer.requires_grad_(False), rank=4, alpha=4) for layer in layers]
+        with FlopCounterMode(display=False) as counter:
+            x = torch.randn(64, 256)
+            for layer in layers:
+                x = F.relu(layer(x))
+            forward = counter.get_total_flops()
+            x.sum().backward()
+        moments = 2 * sum(p.numel() for layer in layers for p in layer.parameters() if p.requires_grad)
+        return forward, counter.get_total_flops(), moments
+
+    full, lora = flops(False), flops(True)
+    share = [b / a for a, b in zip(full, lora)]
+    heads = "training | FLOPs forward | forward and backward | numbers in Adam's moments"
+    table(heads, ("all weights", *full), ("LoRA, rank 4", *lora), ("share", *share))
+    assert share[0] > 1 and 2 / 3 < share[1] < 0.75 and share[2] < 0.04
+
+
+def test_nf4_fits_normal_weights_better_than_even_levels():
+    """What is QLoRA?
+
+    LoRA on a frozen base in 4 bits: 16 levels at quantiles of the normal distribution (NF4), one scale for 64
+    weights, and weights turned back into 16 bits for each product. Quantising the scales too takes 4.5 bits
+    per weight to 4.127. It saves memory, not time.
+
+    Often told: QLoRA trains in 4 bits, and is faster.
+    Code: lora.py LoRALinear
+    Source: Dettmers et al. (2023, arXiv 2305.14314), sec. 3 and app. E, for the levels
+    """
+    nf4 = [-1, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0]
+    nf4 += [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1]
+    weights = torch.randn(4096, 64)
+    scale = weights.abs().amax(1, keepdim=True)
+
+    def error(levels):
+        nearest = ((weights / scale)[..., None] - levels).abs().argmin(-1)
+        return (levels[nearest] * scale - weights).pow(2).mean().item()
+
+    rows = [("NF4", error(torch.tensor(nf4))), ("even", error(torch.arange(-7, 8) / 7))]
+    table("levels | mean squared error", *rows)
+    bits, double = 4 + 32 / 64, 4 + 8 / 64 + 32 / (64 * 256)
+    print(f"    bits per weight: {bits}, with scales in 8 bits and scales of those {double:.3f}")
+    assert rows[0][1] < 0.85 * rows[1][1] and round(double, 3) == 4.127
+
+
+def test_adalora_gives_ranks_to_the_matrices_that_need_them():
+    """What is AdaLoRA?
+
+    An update P diag(l) Q with P and Q kept nearly orthogonal by a penalty. Directions of least importance
+    (weight times gradient, averaged) are set to zero, so that a budget of ranks goes to the matrices that
+    need it. With orthonormal P and Q, to drop l_i costs exactly |l_i|; here that is the importance.
+
+    Code: lora.py add_lora
+    Source: Zhang et al. (2023, arXiv 2303.10512), sec. 3
+    """
+    P, Q = torch.linalg.qr(torch.randn(32, 6)).Q, torch.linalg.qr(torch.randn(24, 6)).Q.T
+    strengths = torch.tensor([5.0, 4, 2, 1, 0.5, 0.1])
+    update, costs = P @ torch.diag(strengths) @ Q, []
+    for i in range(6):
+        without = strengths.where(torch.arange(6) != i, 0)
+        costs.append((P @ torch.diag(without) @ Q - update).norm().item())
+    table("strength of a direction | cost of dropping it", *zip(strengths, costs))
+    assert torch.allclose(torch.tensor(costs), strengths, atol=1e-4)
+    matrices = {"the first": strengths.tolist(), "the second": [3.0, 0.2, 0.1]}
+    most = sorted(((s, name) for name, values in matrices.items() for s in values), reverse=True)[:5]
+    ranks = Counter(name for _, name in most)
+    print("    ranks of two matrices with a budget of 5:", dict(ranks))
+    assert ranks == {"the first": 4, "the second": 1}
+
+
+def test_soft_prompts_contain_prompts_and_prefixes_contain_both():
+    """What are prompt tuning, P-tuning and prefix tuning?
+
+    Prompt tuning learns n input vectors of a frozen model; P-tuning makes them by a small network. Prefix
+    tuning and P-tuning v2 learn keys and values for n positions of every layer, 2 n L K D numbers. Real
+    tokens are a special case of learned vectors, their cache of a prefix; all of them take up context.
+
+    Often told: P-tuning v2 is P-tuning with a longer prefix.
+    Code: model.py KVCache
+    Source: Lester et al. (2021, arXiv 2104.08691); Li & Liang (2021, arXiv 2101.00190); Liu et al. (2021,
+    arXiv 2103.10385 and 2110.07602)
+    """
+    model, prompt, ids = drawn_model(), torch.randint(64, (1, 5)), torch.randint(64, (1, 7))
+    wanted = model(torch.cat((prompt, ids), 1))[:, 5:]
+    vectors = model.model.embed_tokens(prompt)  # what prompt tuning would learn
+    soft = forward(model, torch.cat((vectors, model.model.embed_tokens(ids)), 1))[:, 5:]
+    cache = KVCache(model.config, batch_size=1, max_len=12)
+    model(prompt, cache)  # ... and prefix tuning: what the cache now holds
+    n_prefix = 2 * cache.k[:, :, :, :5].numel()
+    prefix = model(ids, cache)
+    rows = [
+        ("5 vectors", vectors.numel(), largest(soft - wanted)),
+        ("prefix", n_prefix, largest(prefix - wanted)),
+    ]
+    table("instead of 5 tokens | numbers | difference in the scores", *rows)
+    c = model.config
+    assert n_prefix == 2 * 5 * c.n_layer * c.n_kv_head * c.head_dim
+    assert max(row[2] for row in rows) < 1e-4
+
+
+def test_adapters_begin_as_the_identity_and_cannot_be_merged():
+    """What are adapters?
+
+    x + up(f(down(x))) behind a sublayer, with `up` near zero: nearly the identity at first, 2 C r weights.
+    What lies between, f, is not linear, so that they can't be merged as LoRA can, and cost time for good.
+    AdapterDrop removes those of low layers, AdapterFusion mixes several.
+
+    Code: lora.py merge
+    Source: Houlsby et al. (2019, arXiv 1902.00751), sec. 2; Pfeiffer et al. (2021, arXiv 2005.00247); Rücklé
+    et al. (2021, arXiv 2010.11918)
+    """
+    C, r = 64, 8
+    down, up = torch.randn(C, r) / 8, torch.randn(r, C)
+    x, y = torch.randn(2000, C), torch.randn(30, C)
+
+    def adapter(x, up):
+        return x + F.relu(x @ down) @ up
+
+    def lora(x, up):
+        return x + (x @ down) @ up
+
+    rows = []
+    for name, f in (("adapter", adapter), ("LoRA", lora)):
+        matrix = torch.linalg.lstsq(x, f(x, up)).solution  # the best single matrix in its place
+        error = (y @ matrix - f(y, up)).norm() / f(y, up).norm()
+        rows.append((name, largest(f(y, 0 * up) - y), error))
+    table("update | change at first | error of the best single matrix in its place", *rows)
+    assert rows[0][1] == rows[1][1] == 0
+    assert rows[0][2] > 0.2 and rows[1][2] < 1e-4
+
+
+def test_sft_learns_the_next_token_of_answers_only():
+    """How does supervised fine-tuning differ from pretraining?
+
+    Model and loss are the same. Usually the targets of the prompt are set to -100: the loss is the mean over
+    the tokens of the answer, and the prompt is what they are predicted from.
+
+    Often told: it is another kind of learning. Or the loss is divided by the padded length.
+    Code: data/examples.py Examples.tensors
+    Source: Ouyang et al. (2022, arXiv 2203.02155), sec. 3; `completion_only_loss` of TRL for the targets
+    """
+    model, ids, n_prompt = drawn_model(), torch.randint(64, (1, 12)), 6
+    targets = ids[:, 1:].clone()
+    targets[:, : n_prompt - 1] = -100
+    seen = {}
+    model.model.norm.register_forward_hook(lambda module, inputs, x: x.retain_grad() or seen.update(x=x))
+    loss = model.loss(ids[:, :-1], targets)
+    loss.backward()
+    learning = (seen["x"].grad[0].abs().sum(-1) > 0).nonzero().flatten().tolist()
+    table("positions whose prediction is learned | targets", (learning, (targets != -100).sum()))
+    assert learning == [5, 6, 7, 8, 9, 10]
+    by_hand = F.cross_entropy(model(ids[:, :-1])[0, 5:], ids[0, 6:])
+    assert abs(loss - by_hand) < 1e-5
+
+
+def test_one_pass_trains_every_turn_of_a_conversation():
+    """How is a conversation of several turns learned?
+
+    As one sequence, with targets in all answers. As no position sees a later one, its loss in sum is that of
+    one sample for each answer with all before it, for far fewer tokens: with k equal turns about 2/(k + 1).
+
+    Often told: split it into k samples, or train on the last turn.
+    Code: data/examples.py fit
+    Source: it follows from the causal mask
+    """
+    model, turns = drawn_model(), [torch.randint(64, (n,)) for n in (4, 5, 3, 6, 4, 5)]  # the user begins
+    ends = torch.tensor([len(turn) for turn in turns]).cumsum(0).tolist()
+
+    def loss(ids, answers):
+        targets = torch.full_like(ids, -100)
+        for i in answers:
+            targets[ends[i - 1] : ends[i]] = ids[ends[i - 1] : ends[i]]
+        return model.loss(ids[None, :-1], targets[None, 1:], "sum").item()
+
+    ids = torch.cat(turns)
+    apart = [loss(ids[: ends[i]], [i]) for i in (1, 3, 5)]
+    rows = [("one", loss(ids, (1, 3, 5)), len(ids)), ("three", sum(apart), ends[1] + ends[3] + ends[5])]
+    table("samples | loss in sum | tokens read", *rows)
+    assert abs(rows[0][1] - rows[1][1]) < 1e-3 and rows[1][2] == 2 * rows[0][2]
+
+
+def test_fine_tuning_forgets_and_replay_prevents_most_of_it():
+    """Why does a fine-tuned model get worse at what it could do?
+
+    Nothing in the new loss holds the old behaviour in place. A share of old data in each batch (replay) keeps
+    most of it, at little cost to the new.
+
+    Code: data/examples.py n_replayed
+    Source: McCloskey & Cohen (1989); Ibrahim et al. (2024, arXiv 2403.08763)
+    """
+    old, new = (torch.randn(2, 12, 12) * 2.5).softmax(-1)  # two languages: p(next | token)
+
+    def sentences(language, n):
+        ids = [torch.randint(12, (n,))]
+        for _ in range(16):
+            ids.append(torch.multinomial(language[ids[-1]], 1)[:, 0])
+        return torch.stack(ids, 1)
+
+    def batches(n_old):
+        def batch(step):
+            rows = torch.cat((sentences(old, n_old), sentences(new, 12 - n_old)))
+            return rows[:, :-1], rows[:, 1:]
+
+        return batch
+
+    model = Transformer(tiny_config(vocab_size=12, n_layer=1, n_embd=32, n_head=2))
+    train(model, batches(12), 100, 1e-2)
+    base, tests = {name: p.clone() for name, p in model.state_dict().items()}, []
+    for language in (old, new):
+        tests.append(sentences(language, 64))
+
+    def losses():
+        return [model.loss(ids[:, :-1], ids[:, 1:]).item() for ids in tests]
+
+    rows = [("the base", *losses())]
+    for name, n_old in (("the new alone", 0), ("3 old rows in 12", 3)):
+        model.load_state_dict(base)
+        train(model, batches(n_old), 100, 1e-2)
+        rows.append((name, *losses()))
+    table("trained on | loss on the old language | on the new", *rows)
+    (_, before, _), (_, forgot, _), (_, kept, _) = rows
+    assert forgot > before + 0.5 and kept < forgot - 0.5
+    assert rows[2][2] < rows[1][2] + 0.3
+
+
+def test_dpo_starts_at_ln_2_and_learns_most_from_pairs_in_the_wrong_order():
+    """What is DPO?
+
+    Direct preference optimisation: -ln sigmoid(margin), margin = b (ln p/p0 of the chosen answer - ln p/p0 of
+    the rejected one). At the start p = p0, and the loss is ln 2. The gradient of a pair is scaled by b
+    sigmoid(-margin): those that moved the right way count little. There is no model of rewards, and nothing
+    is drawn.
+
+    Often told: DPO stands for "dual prompt objectives".
+    Code: preference.py dpo_loss
+    Source: Rafailov et al. (2023, arXiv 2305.18290), sec. 4, eq. 7
+    """
+    model, beta = drawn_model(), 0.5
+    ids = torch.randint(64, (3, 2, 8))  # three pairs, chosen and rejected
+    targets = ids.roll(-1, dims=2)
+    targets[:, :, :3] = targets[:, :, -1] = -100
+    zero = torch.zeros(3, 2)
+    log_p = dpo_loss(model, ids, targets, zero, beta, likelihood=0)[1][:, 3:].detach()
+    moved = torch.tensor([[0.0, 0.0], [4.0, 0.0], [-4.0, 0.0]])  # what p/p0 of the pairs has become
+    reference = (log_p - moved).requires_grad_()
+    loss, measured = dpo_loss(model, ids, targets, reference, beta, likelihood=0)
+    loss.backward()
+    rows = [(pair[1], pair[0], abs(slope)) for pair, slope in zip(measured, reference.grad[:, 0])]
+    table("margin | loss | size of the gradient in ln p(chosen)", *rows)
+    assert abs(measured[0, 0] - math.log(2)) < 1e-4
+    wanted = beta * torch.sigmoid(-measured[:, 1])
+    assert torch.allclose(reference.grad[:, 0].abs(), wanted, atol=1e-4)
+    assert rows[1][2] < rows[0][2] < rows[2][2]
+
+
+def test_a_reward_model_learns_differences_only():
+    """What is a reward model?
+
+    A language model with one output, read at the last token, trained on pairs with -ln sigmoid(r_chosen -
+    r_rejected). A constant added to all rewards of a prompt changes nothing: they have no zero. It may be of
+    another size than the policy, as in InstructGPT (6 and 175 billion parameters).
+
+    Often told: it must be the policy's base model.
+    Code: preference.py dpo_loss
+    Source: Ouyang et al. (2022, arXiv 2203.02155), sec. 3.5, eq. 1
+    """
+    model, output = Transformer(tiny_config(vocab_size=16, n_layer=1, n_embd=32, n_head=2)), nn.Linear(32, 1)
+    both = nn.ModuleList((model, output))
+
+    def reward(ids):
+        return output(model.hidden(ids)[:, -1])[:, 0]
+
+    def pairs(n):
+        """Of two texts, the one with more 3s is preferred."""
+        a, b = torch.randint(16, (2, n, 8))
+        more, fewer = ((ids == 3).sum(1) for ids in (a, b))
+        chosen = torch.where((more > fewer)[:, None], a, b)
+        rejected = torch.where((more > fewer)[:, None], b, a)
+        return chosen[more != fewer], rejected[more != fewer]
+
+    def loss(chosen, rejected, constant=0):
+        return -F.logsigmoid((reward(chosen) + constant) - (reward(rejected) + constant)).mean()
+
+    train(both, lambda step: pairs(64), 80, 5e-3, loss)
+    chosen, rejected = pairs(400)
+    with torch.no_grad():
+        accuracy = (reward(chosen) > reward(rejected)).float().mean()
+        row = (accuracy, loss(chosen, rejected), loss(chosen, rejected, 100))
+    table("pairs in the right order | loss | loss with 100 added to all rewards", row)
+    assert row[0] > 0.9 and abs(row[1] - row[2]) < 1e-3
+
+
+def test_the_clip_of_ppo_stops_the_gradient_outside_the_trusted_region():
+    """What does PPO optimise, and what is in memory?
+
+    min(r A, clip(r, 1 - e, 1 + e) A) with r = p / p_old, less a penalty for leaving the reference. At r = 1
+    it is the policy gradient; where r has gone beyond 1 +- e in the direction that A favours, there is none.
+    Four models are held: policy and critic, which learn, reference and reward, which don't.
+
+    Code: preference.py dpo_loss
+    Source: Schulman et al. (2017, arXiv 1707.06347), eq. 7; Ouyang et al. (2022), sec. 3.5
+    """
+    rows = []
+    for advantage in (1.0, -1.0):
+        ratio = torch.tensor([0.5, 0.9, 1.0, 1.1, 1.5], requires_grad=True)
+        torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum().backward()
+        rows.append((advantage, *ratio.grad))
+    table("advantage | gradient at r = 0.5 | 0.9 | 1.0 | 1.1 | 1.5", *rows)
+    assert [row[1:] for row in rows] == [(1, 1, 1, 1, 0), (0, -1, -1, -1, -1)]
+    learns, frozen = 16, 2  # bytes per parameter: see the lesson on memory
+    sizes = {"PPO": 2 * learns + 2 * frozen, "DPO": learns + frozen, "SFT": learns}
+    table("method | bytes per parameter, all models of one size", *sizes.items())
+    assert sizes == {"PPO": 36, "DPO": 18, "SFT": 16}

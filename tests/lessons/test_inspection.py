@@ -1,0 +1,154 @@
+"""Inspection: looking inside a model with a few lines of hooks."""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data.loader import IGNORED
+from loop import next_token_loss, sum_losses
+from model import apply_rope, rope
+
+from .book import CHARACTERS, SPEECH, causal, drawn_model, largest, table, to_ids
+
+
+@torch.no_grad()
+def streams(model, ids):
+    """What enters each block, and what leaves the last: a list of (B, T, C)."""
+    found = []
+    blocks = model.model.layers
+    hooks = [block.register_forward_pre_hook(lambda module, args: found.append(args[0])) for block in blocks]
+    hooks.append(blocks[-1].register_forward_hook(lambda module, args, output: found.append(output)))
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def show_cos_distance(model, ids):
+    """1 - cos(in, out) of each block, the mean over tokens."""
+    x = streams(model, ids)
+    return [1 - F.cosine_similarity(before, after, -1).mean().item() for before, after in zip(x, x[1:])]
+
+
+def show_topk_token(model, ids, k):
+    """The k tokens to which each block's input, and the last one's output, would lead, each (T, k)."""
+    return [model.head(model.model.norm(x))[0].topk(k).indices for x in streams(model, ids)]
+
+
+def show_attention(model, ids, layer):
+    """The weights (H, T, T) of a layer, and its output (T, C) by them."""
+    block, x, T = model.model.layers[layer], streams(model, ids)[layer], ids.size(1)
+    attention, x = block.self_attn, block.input_layernorm(x)
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    q, k, v = (proj(x)[0].view(T, -1, attention.head_dim).transpose(0, 1) for proj in projections)
+    cos, sin = rope(torch.arange(T), model.config, x.dtype)
+    q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    k, v = (t.repeat_interleave(len(q) // len(k), 0) for t in (k, v))  # (H, T, D)
+    scores = (q @ k.mT / math.sqrt(attention.head_dim)).masked_fill(~causal(T), -math.inf)
+    weights = scores.softmax(-1)
+    return weights, attention.o_proj((weights @ v).transpose(0, 1).reshape(T, -1))
+
+
+def test_the_cosine_distance_of_a_block_that_does_nothing_is_zero(reader_of_the_speech):
+    """Which blocks matter?
+
+    1 - cos(in, out), averaged over tokens, says how far a block turns the stream. The stream runs past all
+    blocks, so that most of them turn it little; one that returns its input can be removed. A change of length
+    is not seen.
+
+    Code: model.py Block.forward
+    Source: Men et al. (2024, arXiv 2403.03853), "block influence"
+    """
+    ids = to_ids(SPEECH[:32])[None]
+    idle = copy.deepcopy(reader_of_the_speech)
+    for linear in (idle.model.layers[1].self_attn.o_proj, idle.model.layers[1].mlp.down_proj):
+        nn.init.zeros_(linear.weight)
+    rows = [
+        ("trained", *show_cos_distance(reader_of_the_speech, ids)),
+        ("block 1 zeroed", *show_cos_distance(idle, ids)),
+    ]
+    table("model | block 0 turns the stream by | block 1", *rows)
+    assert abs(rows[1][2]) < 1e-5 < 0.01 < min(rows[0][1:])
+    assert abs(rows[0][1] - rows[1][1]) < 1e-6
+
+
+def test_the_logit_lens_needs_the_final_norm(reader_of_the_speech):
+    """What would the model say if it ended here?
+
+    head(norm(x)) reads the stream after any block as if it were the last ("logit lens"); after the last it is
+    the model itself. Without the norm the gains are missing and the scale is wrong, and so is the loss.
+
+    Code: model.py Transformer.head
+    Source: nostalgebraist (2020), "interpreting GPT: the logit lens"; Belrose et al. (2023, arXiv 2303.08112)
+    """
+    model, ids = reader_of_the_speech, to_ids("Four score and seven years")[None]
+    guesses, rows = show_topk_token(model, ids[:, :-1], 3), []
+    for i, x in enumerate(streams(model, ids[:, :-1])):
+        loss = F.cross_entropy(model.head(model.model.norm(x))[0], ids[0, 1:]).item()
+        likely = " ".join(repr(CHARACTERS[token]) for token in guesses[i][-1])
+        rows.append((f"{i} blocks", likely, loss))
+    without = F.cross_entropy(model.head(x)[0], ids[0, 1:]).item()
+    table(
+        "after | likeliest after 'Four score and seven year' | loss",
+        *rows,
+        ("2 blocks, no norm", "", without),
+    )
+    assert abs(rows[-1][2] - model.loss(ids[:, :-1], ids[:, 1:]).item()) < 1e-5
+    assert rows[0][2] > rows[-1][2] and abs(without - rows[-1][2]) > 0.05
+
+
+def test_attention_weights_must_reproduce_the_output_of_their_layer(reader_of_the_speech):
+    """How are the weights of attention seen, if the kernel never returns them?
+
+    They are computed again, softmax(Q K^T / sqrt(D)) of the same rotated q and k. To be sure that they are
+    the right ones, multiply by V: that must be the layer's output.
+
+    Often told: just read them. Fused kernels never have them all.
+    Code: model.py Attention.forward
+    Source: Dao et al. (2022, arXiv 2205.14135)
+    """
+    model, text, found = reader_of_the_speech, "that nation might", {}
+    ids = to_ids(text)[None]
+    attention = model.model.layers[1].self_attn
+    hook = attention.register_forward_hook(lambda module, args, output: found.update(output=output[0]))
+    weights, by_hand = show_attention(model, ids, layer=1)
+    hook.remove()
+    rows = []
+    for head, of_head in enumerate(weights):
+        looks = of_head[-1].topk(2).indices.tolist()
+        rows.append((head, *(f"{text[i]!r} at {i}, {of_head[-1, i]:.2f}" for i in looks)))
+    table("head of block 1 | the last letter looks most at | and at", *rows)
+    error = largest(by_hand - found["output"])
+    print(f"    error of the output: {error:.0e}")
+    assert error < 1e-5
+    assert torch.allclose(weights.sum(-1), torch.ones(4, len(text)), atol=1e-5)
+    assert (weights * ~causal(len(text))).abs().max() == 0
+
+
+def test_losses_of_channels_are_summed_before_they_are_divided():
+    """What are channel losses, and how are they computed?
+
+    Each row says where it comes from; losses and tokens are summed for each source, over all processes, and
+    divided at the end. The mean can stand still while one source improves and another gets worse.
+
+    Often told: average the means of the workers. That is wrong if their tokens differ in number.
+    Code: loop.py sum_losses
+    Source: it is the definition of a mean
+    """
+    model, ids = drawn_model(), torch.randint(64, (4, 9))
+    targets, channels = ids[:, 1:].clone(), torch.tensor([0, 0, 1, 1])
+    targets[0, 2:] = IGNORED  # row 0 has two targets, the others eight
+    counts = (targets != IGNORED).sum(1)
+    sums = sum_losses(model, next_token_loss, [(ids[:, :-1], targets, counts, channels)], n_channels=2)
+    rows = [(i, int(n), nats / n) for i, (n, nats) in enumerate(sums)]
+    table(
+        "channel | targets | loss", *rows, ("all", int(sums[:, 0].sum()), sums[:, 1].sum() / sums[:, 0].sum())
+    )
+    right = model.loss(ids[:2, :-1], targets[:2]).item()
+    of_rows = [model.loss(ids[i : i + 1, :-1], targets[i : i + 1]).item() for i in (0, 1)]
+    print(f"    channel 0, had its rows been on two workers: mean of means {sum(of_rows) / 2:.4f}")
+    assert abs(sums[0, 1] / sums[0, 0] - right) < 1e-4
+    assert abs(sum(of_rows) / 2 - right) > 1e-3

@@ -1,0 +1,258 @@
+"""Memory: parameters, what training adds, caches, and what a machine can read in a second."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from decoding import generate
+from model import Config, KVCache, Transformer
+
+from .book import causal, drawn_model, largest, table
+
+LLAMA_2_7B = dict(vocab_size=32_000, n_embd=4096, n_layer=32, n_head=32, n_kv_head=32, n_hidden=11_008)
+LLAMA_3_8B = LLAMA_2_7B | dict(vocab_size=128_256, n_kv_head=8, n_hidden=14_336)
+TINYLLAMA = dict(vocab_size=32_000, n_embd=2048, n_layer=22, n_head=32, n_kv_head=4, n_hidden=5632)
+QWEN_2 = dict(
+    vocab_size=151_936, n_embd=896, n_layer=24, n_head=14, n_kv_head=2, n_hidden=4864, qkv_bias=True
+)
+
+
+def test_the_number_of_parameters_follows_from_the_config():
+    """How many parameters has a model, given its config.json?
+
+    V C (twice, if not tied) + L (2 C H D + 2 C K D + 3 C F + 2 C) + C, plus Qwen2's biases: with H heads, K
+    of keys and values, of width D, and an MLP of width F. Norms are all that is not a matrix, and RoPE adds
+    none.
+
+    Often told: 12 L C^2. That is GPT-2's: an MLP of two matrices of 4 C, and as many key as query heads.
+    Code: model.py Config.num_params
+    Source: the config.json and the published sizes of these models
+    """
+    known = {
+        "Llama 2 7B": (LLAMA_2_7B, False, 6_738_415_616),
+        "Llama 3 8B": (LLAMA_3_8B, False, 8_030_261_248),
+        "TinyLlama 1.1B": (TINYLLAMA, False, 1_100_048_384),
+        "Qwen2 0.5B": (QWEN_2, True, 494_032_768),
+    }
+    rows = []
+    for name, (shape, tied, published) in known.items():
+        config = Config(**shape, tie_embeddings=tied)
+        with torch.device("meta"):  # shapes without memory
+            model = Transformer(config)
+        rows.append((name, published, config.num_params(), sum(p.numel() for p in model.parameters())))
+    table("model | published | by the formula | by counting", *rows)
+    assert all(row[1] == row[2] == row[3] for row in rows)
+
+
+def test_full_fine_tuning_needs_sixteen_bytes_per_parameter():
+    """How much memory does training all weights take?
+
+    In float32: weights 4, gradients 4, Adam's two moments 8, together 16 bytes per parameter; in mixed
+    precision with 16-bit weights 2 + 2 + 4 (their float32 copy) + 8, which is 16 again. Activations come on
+    top.
+
+    Often told: the size of the model times 4, of which model nobody says.
+    Code: machine.py training_memory
+    Source: Rajbhandari et al. (2020, arXiv 1910.02054), sec. 3.1
+    """
+    model, ids = drawn_model(), torch.randint(64, (2, 9))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.loss(ids[:, :-1], ids[:, 1:]).backward()
+    optimizer.step()
+
+    def n_bytes(tensors):
+        return sum(tensor.nbytes for tensor in tensors) / model.config.num_params()
+
+    parameters = list(model.parameters())
+    moments = [x for state in optimizer.state.values() for x in state.values() if x.ndim]
+    row = [n_bytes(parameters), n_bytes(p.grad for p in parameters), n_bytes(moments)]
+    table("bytes per parameter: weights | gradients | moments | sum", (*row, sum(row)))
+    n = Config(**LLAMA_2_7B, tie_embeddings=False).num_params()
+    print(f"    Llama 2 7B: {16 * n / 1e9:.0f} GB to train it, {2 * n / 1e9:.1f} GB to run it in 16 bits")
+    assert row == [4, 4, 8]
+
+
+def test_the_bytes_of_a_kv_cache_follow_from_the_config():
+    """Why does memory grow while a model writes?
+
+    Each token leaves a key and a value in every layer: 2 L K D numbers. With 16 bits that is 512 KiB a token
+    for Llama 2 7B, 2 GiB for 4,096 tokens; 128 KiB for Llama 3 8B with its 8 heads of keys and values.
+    PyTorch keeps what is freed for later, so that tools still show it as used.
+
+    Often told: it is a leak.
+    Code: model.py KVCache
+    Source: Shazeer (2019, arXiv 1911.02150); Pope et al. (2022, arXiv 2211.05102)
+    """
+    rows = []
+    for name, shape in (("Llama 2 7B", LLAMA_2_7B), ("Llama 3 8B", LLAMA_3_8B)):
+        config = Config(**shape, tie_embeddings=False)
+        cache = KVCache(config, batch_size=1, max_len=4096, device="meta", dtype=torch.bfloat16)
+        size = cache.k.nbytes + cache.v.nbytes
+        per_token = 2 * config.n_layer * config.n_kv_head * config.head_dim * 2
+        rows.append((name, per_token // 1024, size / 2**30))
+        assert size == 4096 * per_token
+    table("model | KiB per token | GiB for 4,096 tokens", *rows)
+    assert [row[1:] for row in rows] == [(512, 2), (128, 0.5)]
+
+
+def test_cached_decoding_gives_the_same_scores_for_far_fewer_flops():
+    """What does the KV cache save?
+
+    Without it, T tokens cost 1 + 2 + ... + T token passes, with it T. Under a causal mask old keys and values
+    never change, so that the scores are the same but for rounding. Old queries are not kept: no one needs
+    them again.
+
+    Code: model.py KVCache.append
+    Source: Vaswani et al. (2017), sec. 3.2.3, for the mask; measured
+    """
+    model, ids, T = drawn_model(), torch.randint(64, (1, 32)), 32
+    cache = KVCache(model.config, batch_size=1, max_len=T)
+    with torch.no_grad(), FlopCounterMode(display=False) as with_cache:
+        cached = torch.cat([model(ids[:, t : t + 1], cache)[:, -1] for t in range(T)])
+    with torch.no_grad(), FlopCounterMode(display=False) as without:
+        again = torch.cat([model(ids[:, : t + 1])[:, -1] for t in range(T)])
+    rows = [("no", T * (T + 1) // 2, without.get_total_flops()), ("yes", T, with_cache.get_total_flops())]
+    table("cache | token passes | FLOPs of products", *rows)
+    ratio = rows[0][2] / rows[1][2]
+    print(f"    {ratio:.1f} times; largest difference in the scores: {largest(cached - again):.0e}")
+    assert largest(cached - again) < 1e-4
+    assert 14 < ratio < 18
+
+
+def test_fewer_bytes_help_because_decoding_waits_for_memory():
+    """Is int8 faster than float16?
+
+    For one stream, each weight is read for two FLOPs: one FLOP per byte in 16 bits, where processors could do
+    tens (CPUs) or hundreds (GPUs). So time is bytes of weights over bandwidth, and fewer bytes help, if a
+    kernel reads them as they are. LLM.int8 saves memory and may be slower. With large batches arithmetic
+    decides.
+
+    Often told: int8 is faster than float16.
+    Code: decoding.py PackedLinear
+    Source: Pope et al. (2022), sec. 2; Williams et al. (2009) on the roofline; Dettmers et al. (2022, arXiv
+    2208.07339) on the speed of LLM.int8
+    """
+    C, rows = 4096, []
+    for B in (1, 8, 256, 2048):
+        read = 2 * C * C + 2 * B * 2 * C  # a matrix, its input and output, in 16 bits
+        rows.append((B, 2 * B * C * C / read))
+    table("streams | FLOPs per byte read", *rows)
+    bandwidth, flops, n = 2.0e12, 312e12, 6.74e9  # an A100, and a model of 7 billion parameters
+    times = [(bits, 1e3 * max(bits / 8 * n / bandwidth, 2 * n / flops)) for bits in (16, 8, 4)]
+    table("bits per weight | least time per token, ms", *times)
+    assert rows[0][1] < 1.01 and rows[1][1] < flops / bandwidth < rows[2][1]
+    assert times[0][1] == 2 * times[1][1] == 4 * times[2][1]
+
+
+def test_micro_batches_and_recomputing_cut_activations_but_not_weights():
+    """Training runs out of memory. What helps, and what does it cost?
+
+    Activations grow with micro-batch, length and depth. Half the micro-batch and twice the accumulation gives
+    the same gradient for the same arithmetic; recomputing blocks in the backward pass costs a third more.
+    Weights, gradients and moments don't depend on the batch.
+
+    Often told: make the batch smaller. That is another optimisation; accumulation is not.
+    Code: machine.py fit_micro_batch
+    Source: Chen et al. (2016, arXiv 1604.06174)
+    """
+
+    def kept(B, recompute=False):
+        """Bytes that autograd keeps for the backward pass, besides the weights."""
+        model = drawn_model(n_layer=4, recompute=recompute)
+        own, storages = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.hidden(torch.randint(64, (B, 32)))
+        return sum(storage.nbytes() for storage in storages.values())
+
+    rows = [("8", kept(8)), ("4", kept(4)), ("8, recomputed", kept(8, recompute=True))]
+    table("micro-batch | bytes kept for the backward pass", *rows)
+    assert 1.8 < rows[0][1] / rows[1][1] < 2.1
+    assert rows[0][1] / rows[2][1] > 5
+
+
+def test_paged_attention_is_a_way_to_allocate():
+    """What is PagedAttention?
+
+    The cache lies in blocks of fixed size, and a table for each sequence says which. Attention computes what
+    it always does. What is wasted falls from (reserved - used) to less than a block for each sequence, and
+    sequences with the same beginning can share blocks.
+
+    Often told: only the scores of the current page are computed; it handles sequences larger than memory.
+    Code: model.py KVCache
+    Source: Kwon et al. (2023, arXiv 2309.06180), sec. 4
+    """
+    size, D, lengths = 16, 8, (37, 5, 150)
+    pool, free, used = torch.zeros(2, 32, size, D), torch.randperm(32).tolist(), 0
+    q = torch.randn(1, D)
+    for length in lengths:
+        k, v = torch.randn(2, length, D)
+        blocks = [free.pop() for _ in range(math.ceil(length / size))]
+        for i, block in enumerate(blocks):
+            part = slice(i * size, min((i + 1) * size, length))
+            pool[:, block, : part.stop - part.start] = torch.stack((k[part], v[part]))
+        paged_k, paged_v = pool[:, blocks].flatten(1, 2)[:, :length]
+        found = F.scaled_dot_product_attention(q, paged_k, paged_v)
+        assert torch.equal(found, F.scaled_dot_product_attention(q, k, v))
+        used += len(blocks) * size
+    rows = [("pages of 16", used), ("256 reserved for each", 256 * len(lengths))]
+    table("allocation | slots | share in use", *((name, slots, sum(lengths) / slots) for name, slots in rows))
+    assert used - sum(lengths) < size * len(lengths)
+
+
+def test_yoco_caches_keys_and_values_once():
+    """What is YOCO?
+
+    The lower half of the layers has a window or a state of constant size; its output gives one set of keys
+    and values to which all upper layers attend. The part of the cache that grows is one layer instead of L.
+
+    Often told: a "decoder-decoder" is an encoder-decoder. All of it is causal.
+    Code: model.py KVCache.append
+    Source: Sun et al. (2024, arXiv 2405.05254)
+    """
+    rows, L, window = [], 32, 1024
+    for T in (1024, 32_768, 524_288):
+        rows.append((T, L * T, L // 2 * min(window, T) + T, L * T / (L // 2 * min(window, T) + T)))
+    table("tokens | positions cached by 32 layers | by YOCO | ratio", *rows)
+    assert rows[-1][3] > 30
+    to_k, to_v, *to_q = torch.randn(5, 64, 64) / 8
+
+    def upper_layers(x):
+        k, v, y = x @ to_k, x @ to_v, x  # once, for all of them
+        for w in to_q:
+            y = y + F.scaled_dot_product_attention(y @ w, k, v, attn_mask=causal(9))
+        return y
+
+    x = torch.randn(1, 9, 64)
+    changed = x.clone()
+    changed[0, 8] += 1
+    moved = (upper_layers(changed) - upper_layers(x))[0].abs().amax(-1) > 0
+    assert moved.tolist() == [False] * 8 + [True]
+
+
+def test_several_samples_of_one_prompt_share_its_reading():
+    """Four samples of one prompt, or four requests: is there a difference?
+
+    The keys and values of a prompt depend on nothing but the prompt. They are computed once and copied for
+    each sample, so that only what is new is paid for four times. Serving programs share them between requests
+    that begin alike.
+
+    Code: decoding.py repeat
+    Source: Kwon et al. (2023, arXiv 2309.06180), sec. 4.4
+    """
+    model, prompt, rows = drawn_model(), torch.randint(64, (200,)).tolist(), []
+    for name, prompts, n_samples in (("4 times", [prompt] * 4, 1), ("once", [prompt], 4)):
+        with FlopCounterMode(display=False) as counter:
+            steps = list(generate(model, prompts, max_new_tokens=8, n_samples=n_samples))
+        rows.append((name, counter.get_total_flops(), steps))
+    table("the prompt is read | FLOPs of 4 samples of 8 tokens", *(row[:2] for row in rows))
+    assert rows[0][2] == rows[1][2]
+    assert rows[0][1] > 3 * rows[1][1]

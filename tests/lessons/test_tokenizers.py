@@ -1,0 +1,225 @@
+"""Tokenizers: byte-pair encoding, and what else there is."""
+
+import math
+import random
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tokenizer import Tokenizer, learn_merges
+
+from .book import SPEECH, table
+
+
+@pytest.fixture(scope="module")
+def of_the_speech():
+    return Tokenizer.train([SPEECH], vocab_size=456)
+
+
+def test_bpe_merges_the_most_frequent_pair_of_neighbours():
+    """How does byte-pair encoding build its vocabulary?
+
+    It starts from the 256 bytes, counts pairs of neighbours, makes the most frequent pair a new token, and
+    begins again. The parts stay in the vocabulary, whose size is 256 + merges; nothing is put between them.
+
+    Often told: single letters are counted, and merged ones are dropped.
+    Code: tokenizer.py learn_merges
+    Source: Gage (1994); Sennrich et al. (2016, arXiv 1508.07909), algorithm 1
+    """
+    chunk, rows = [b"a", b"a", b"a", b"b", b"d", b"a", b"a", b"a", b"b", b"a", b"c"], []
+    merges = learn_merges({"aaabdaaabac": 1}, 3, log=print)
+    for left, right in merges:
+        count = Counter(zip(chunk, chunk[1:]))[left, right]
+        i = 0
+        while i < len(chunk) - 1:
+            if (chunk[i], chunk[i + 1]) == (left, right):
+                chunk[i : i + 2] = [left + right]
+            i += 1
+        rows.append((f"{left.decode()} {right.decode()}", count, b" ".join(chunk).decode()))
+    table("pair | counted | the text after it", *rows)
+    assert chunk == [b"aaab", b"d", b"aaab", b"a", b"c"]
+    assert len(Tokenizer.train([SPEECH], 256 + 50, special_tokens=()).tokens) == 256 + 50
+
+
+def test_a_byte_level_vocabulary_has_no_unknown_token(of_the_speech):
+    """What becomes of words that were never seen in training?
+
+    They fall into smaller pieces, in the worst case into single bytes, so that any text comes back as it was.
+    WordPiece has an [UNK] for words with an unknown character.
+
+    Often told: BPE keeps an unseen word whole.
+    Code: tokenizer.py Tokenizer.encode
+    Source: Radford et al. (2019), sec. 2.2; BertTokenizer in transformers
+    """
+    texts = ("dedicated", "unhallowedness", "naïve café", "量子", "🙂👩‍👧", "a\0\n\t b")
+    rows = []
+    for text in texts:
+        ids = of_the_speech.encode(text)
+        rows.append((repr(text), len(text.encode()), len(ids)))
+        assert of_the_speech.decode(ids) == text
+    table("text | bytes | tokens", *rows)
+    assert rows[0][2] < rows[0][1]
+
+    def word_piece(word, characters="ab"):
+        if set(word) - set(characters):
+            return ["[UNK]"]
+        return [word[0], *("##" + character for character in word[1:])]
+
+    assert word_piece("ab") == ["a", "##b"] and word_piece("aé") == ["[UNK]"]
+
+
+def test_wordpiece_takes_the_pair_that_belongs_together_and_not_the_most_frequent():
+    """How do WordPiece and BPE differ?
+
+    In which pair they merge. BPE takes the largest count(ab), WordPiece the pair that belongs together, by
+    count(ab) / (count(a) count(b)), which stands for the gain in likelihood. Its mark of continuations, ##,
+    is a notation.
+
+    Often told: WordPiece splits from the top, BPE builds from the bottom. Both build (though a later trainer
+    of TensorFlow Text does go from the top).
+    Code: tokenizer.py learn_merges
+    Source: Schuster & Nakajima (2012). Its trainer was not published; the formula is that of Hugging Face's
+    course.
+    """
+    words = {"hug": 10, "pug": 5, "pun": 12, "bun": 4, "hugs": 5}
+    pairs, letters = Counter(), Counter()
+    for word, count in words.items():
+        for letter in word:
+            letters[letter] += count
+        for pair in zip(word, word[1:]):
+            pairs[pair] += count
+
+    def score(pair):
+        return pairs[pair] / (letters[pair[0]] * letters[pair[1]])
+
+    rows = [("".join(pair), pairs[pair], score(pair)) for pair in sorted(pairs, key=pairs.get, reverse=True)]
+    table("pair | count: BPE takes the most | count(ab) / (count(a) count(b)): WordPiece", *rows)
+    assert learn_merges(words, 1, log=print) == [(b"u", b"g")] == [tuple(c.encode() for c in rows[0][0])]
+    assert max(pairs, key=score) == ("g", "s") and pairs["g", "s"] == 5
+
+
+def test_sentencepiece_loses_nothing_because_a_space_is_a_symbol(of_the_speech):
+    """What is SentencePiece?
+
+    A library that learns BPE or Unigram vocabularies from raw text, with the space as a symbol like any
+    other, so that no language needs a splitter of words of its own, and decoding is joining. Byte-level BPE
+    loses nothing either. (By default it normalises first, and makes the two spaces below one; that can be
+    turned off.)
+
+    Often told: SentencePiece is a kind of BPE.
+    Code: tokenizer.py Tokenizer.decode
+    Source: Kudo & Richardson (2018, arXiv 1808.06226), sec. 3.1
+    """
+    text = "to  be,\nor not"
+    ways = {
+        "words, joined by a space": " ".join(text.split()),
+        "the space as a symbol": "".join([c.replace(" ", "▁") for c in text]).replace("▁", " "),
+        "byte-level BPE": of_the_speech.decode(of_the_speech.encode(text)),
+    }
+    table(
+        "way | what comes back | the same", *((way, repr(back), back == text) for way, back in ways.items())
+    )
+    assert [back == text for back in ways.values()] == [False, True, True]
+
+
+def test_unigram_drops_the_pieces_that_the_text_misses_least():
+    """How does a Unigram vocabulary come about?
+
+    From the top: it starts with too many pieces, each with a probability, reads each word by its likeliest
+    split, and drops the pieces without which the text becomes least unlikely. BPE adds, Unigram takes away.
+
+    Often told: Unigram counts single characters.
+    Code: tokenizer.py learn_merges
+    Source: Kudo (2018, arXiv 1804.10959), sec. 3.2
+    """
+    words = {"hug": 10, "pug": 5, "pun": 12, "bun": 4, "hugs": 5}
+    counts = Counter()
+    for word, count in words.items():
+        for i in range(len(word)):
+            for j in range(i + 1, len(word) + 1):
+                counts[word[i:j]] += count
+    counts = {piece: n for piece, n in counts.items() if n > 4 or len(piece) == 1}
+
+    def nats(word, pieces):
+        """-log p of the likeliest split (Viterbi)."""
+        total, best = sum(pieces.values()), [0.0]
+        for end in range(1, len(word) + 1):
+            starts = (start for start in range(end) if word[start:end] in pieces)
+            best.append(min(best[start] - math.log(pieces[word[start:end]] / total) for start in starts))
+        return best[-1]
+
+    def loss(pieces):
+        return sum(count * nats(word, pieces) for word, count in words.items())
+
+    whole, rows = loss(counts), []
+    for piece in (piece for piece in counts if len(piece) > 1):  # single characters must stay
+        rest = {other: n for other, n in counts.items() if other != piece}
+        rows.append((piece, counts[piece], loss(rest) - whole))
+    rows.sort(key=lambda row: row[2])
+    table("without the piece | counted | the text costs more nats by", *rows[:3], *rows[-3:])
+    assert rows[0][2] < 0 < rows[-1][2], "pieces that are never chosen only take probability from others"
+    assert rows[-1][0] in ("hug", "pun")
+
+
+def test_new_rows_of_a_vocabulary_should_start_at_the_mean():
+    """How is a vocabulary extended, and does it have to be?
+
+    By new rows of the embedding and the head, which change all probabilities through the softmax. A new row
+    near zero scores near zero, which is much beside trained scores, most of them negative. The mean of the
+    old rows has at most their average exp(score), so that it takes little. It is needed only to save tokens.
+
+    Often told: resize the embedding, and that is all.
+    Code: finetune.py add_rows
+    Source: Hewitt (2021), "Initializing new word embeddings for pretrained language models"
+    """
+    x, rows = 3 * torch.randn(500, 64) + 2, torch.randn(100, 64) - 0.4  # scores are mostly negative
+    old = (x @ rows.T).log_softmax(-1)
+    ways = {
+        "small and random": 0.02 * torch.randn(20, 64),
+        "the mean of the old": rows.mean(0).expand(20, 64),
+    }
+    found = []
+    for name, new in ways.items():
+        now = (x @ torch.cat((rows, new)).T).log_softmax(-1)[:, :100]
+        found.append((name, (old.exp() * (old - now)).sum(-1).mean().item()))
+    table("20 new rows beside 100 | KL divergence from the old model", *found)
+    bound = math.log(1.2)
+    print(f"    the mean's is at most ln(120/100) = {bound:.3f} (Jensen's inequality)")
+    assert found[1][1] < bound and found[0][1] > 5 * found[1][1]
+
+
+def test_word2vec_puts_words_with_the_same_neighbours_together():
+    """What are CBOW and skip-gram?
+
+    CBOW predicts a word from the mean of its neighbours, skip-gram each neighbour from the word; both have an
+    input and an output matrix, of which the first is kept. Words with the same neighbours come together, even
+    if they never meet. Today's embeddings are learned with the rest of the model.
+
+    Often told: where the guess is right, nothing is learned. The loss is graded: there is always a gradient.
+    Code: model.py Transformer.hidden
+    Source: Mikolov et al. (2013, arXiv 1301.3781)
+    """
+    dice, animals, foods = random.Random(0), ["cat", "dog", "cow"], ["pie", "jam", "nut"]
+    text = []
+    for _ in range(300):
+        text += dice.choice((["the", dice.choice(animals), "runs"], ["eat", dice.choice(foods), "now"]))
+    vocabulary = sorted(set(text))
+    ids = torch.tensor([vocabulary.index(word) for word in text])
+    words, neighbours = torch.cat((ids[1:], ids[:-1])), torch.cat((ids[:-1], ids[1:]))
+    inputs, outputs = (nn.Parameter(0.3 * torch.randn(len(vocabulary), 8)) for _ in range(2))
+    optimizer = torch.optim.Adam([inputs, outputs], lr=0.05)
+    for _ in range(100):
+        loss = F.cross_entropy(inputs[words] @ outputs.T, neighbours)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def cosine(a, b):
+        return F.cosine_similarity(inputs[vocabulary.index(a)], inputs[vocabulary.index(b)], 0).item()
+
+    rows = [(a, b, cosine(a, b)) for a, b in (("cat", "dog"), ("pie", "jam"), ("cat", "pie"))]
+    table("word | word | cosine", *rows)
+    assert min(rows[0][2], rows[1][2]) > 0.8 and rows[2][2] < 0.5
