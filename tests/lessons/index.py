@@ -12,9 +12,10 @@ TOPICS = ("attention", "positions", "norms", "activations", "tokenizers", "masks
 TOPICS += ("finetuning", "memory", "architectures", "inspection")
 # names as they are written outside of a function's name
 WORDS = (
-    "Adam AdaLoRA ALiBi BatchNorm BERT BPE DeepNorm DPO FlashAttention FLOPs GEGLU GELU KV LayerNorm Llama LoRA "
-    "MLP Muon NF4 Phi PPO ReLU RMSNorm RoPE SFT SGD SentencePiece SwiGLU V WordPiece YOCO byte-level fine-tuning "
-    "grouped-query micro-batches multi-head position-wise post-norm pre-norm thirty-two top-k top-p"
+    "Adam AdaLoRA ALiBi BatchNorm BERT BPE DeepNorm DPO FlashAttention FLOPs GEGLU GELU KV LayerNorm Llama "
+    "LoRA MLP Muon NF4 Phi PPO ReLU RMSNorm RoPE SFT SGD SentencePiece SwiGLU V WordPiece YOCO byte-level "
+    "fine-tuning grouped-query micro-batches multi-head position-wise post-norm pre-norm top-k top-p"
+    " thirty-two"
 )
 
 
@@ -41,9 +42,9 @@ def write():
     lines = [
         "# Questions and answers",
         "",
-        "Each answer is a test that runs, prints its numbers, and would fail if the answer were false. It says",
-        "why, what is often told instead, and where it comes from. `pytest tests/lessons -s` prints all of them",
-        "as a book, `pytest tests/lessons -s -k NAME` a page of it.",
+        "Each answer is a test that runs, prints its numbers, and would fail if the answer were false. It",
+        "says why, what is often told instead, and where it comes from. `pytest tests/lessons -s` prints all",
+        "of them as a book, `pytest tests/lessons -s -k NAME` a page of it.",
     ]
     for topic in TOPICS:
         title = ast.get_docstring(ast.parse((HERE / f"test_{topic}.py").read_text(encoding="utf-8")))

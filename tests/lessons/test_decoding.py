@@ -125,15 +125,13 @@ def test_greedy_decoding_ends_in_a_loop(reader_of_the_speech):
     """
     prompt, rows = to_ids("Four score").tolist(), []
     for temperature in (0.0, 1.0):
-        settings = dict(max_new_tokens=400, temperature=temperature, top_p=1.0)
+        settings = dict(max_new_tokens=1000, temperature=temperature, top_p=1.0)
         new = [ids[0] for ids in generate(reader_of_the_speech, [prompt], **settings)]
         text = to_text(new)
         pieces = [text[i : i + 8] for i in range(len(text) - 7)]
         rows.append((temperature, repr(text[-50:]), len(set(pieces)) / len(pieces)))
-    table(
-        "temperature | the end of 400 characters | share of pieces of 8 characters that are different", *rows
-    )
-    assert rows[0][2] < 0.5 and rows[1][2] > 0.9
+    table("temperature | the end of 1,000 characters | share of pieces of 8 characters that are new", *rows)
+    assert rows[0][2] < 0.7 and rows[1][2] > 0.9
 
 
 def test_a_repetition_penalty_must_treat_negative_scores_differently():
