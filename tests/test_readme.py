@@ -1,0 +1,166 @@
+"""What the README promises: its links lead somewhere, its lists are whole, and its commands work."""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, WORDS
+
+sys.path.insert(0, str(ROOT / "tests/lessons"))
+import index
+
+PAGES = ("README.md", "tests/README.md", "tests/lessons/README.md")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def names_in(path):
+    """All classes, functions and methods of a Python file, such as {"Blocks", "Blocks.batch"}."""
+    found, waiting = set(), [("", ast.parse(path.read_text(encoding="utf-8")))]
+    while waiting:
+        prefix, parent = waiting.pop()
+        for node in ast.iter_child_nodes(parent):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                found.add(prefix + node.name)
+                waiting.append((f"{prefix}{node.name}.", node))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_functions(page):
+    links = re.findall(r"\[([^\]]+)\]\(([^)\s]+)\)", (ROOT / page).read_text(encoding="utf-8"))
+    named = 0
+    for text, target in links:
+        if target.startswith("https://"):
+            continue
+        path = (ROOT / page).parent / target
+        assert path.exists(), f"{text} -> {target}"
+        *file, name = text.strip("`").split(" ")
+        if path.suffix == ".py" and re.fullmatch(r"[A-Za-z_][\w.]*", name) and not name.endswith(".py"):
+            assert name in names_in(path), f"{target} has no {name}"
+            assert not file or path.as_posix().endswith(file[0])
+            named += 1
+    assert named or page == "tests/README.md"
+
+
+def test_every_lesson_is_listed_and_the_front_page_has_twenty():
+    listed = (ROOT / "tests/lessons/README.md").read_text(encoding="utf-8")
+    assert listed == index.write(), "python tests/lessons/index.py > tests/lessons/README.md"
+    lessons = [lesson for topic in index.TOPICS for lesson in index.lessons(topic)]
+    assert {f"test_{topic}.py" for topic in index.TOPICS} == {p.name for p in index.HERE.glob("test_*.py")}
+    assert all(listed.count(f"[{name}]") == 1 for _, name, _ in lessons)
+    assert README.count(f"{len(lessons)} ") == 2, "how many lessons there are"
+    questions = README[README.index("## Questions and answers") : README.index("## Use it for real")]
+    assert questions.count("\n- **") == 20
+
+
+def test_the_map_has_every_file_and_about_its_length():
+    stated = dict(re.findall(r"^\| \[([\w/]+\.py)\]\(\1\) \| (\d+) \|", README, re.MULTILINE))
+    files = [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]
+    assert stated.keys() == {path.relative_to(ROOT).as_posix() for path in files}
+    for name, lines in stated.items():
+        actual = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        assert abs(actual - int(lines)) <= 25, f"{name} has {actual} lines"
+
+
+# --- the commands ---
+
+# Runs one script after the other, each in a process forked from this one, since importing torch takes longer
+# than most of them.
+RUNNER = """
+import os, runpy, shlex, sys
+import finetune, train
+for line in sys.stdin:
+    print("$ python", line, end="", flush=True)
+    if not (process := os.fork()):
+        sys.stdin = open(os.devnull)
+        sys.argv = shlex.split(line)
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        sys.stdout.flush()
+        os._exit(0)
+    if os.waitpid(process, 0)[1]:
+        sys.exit("this failed: " + line)
+"""
+
+SMALLER = {  # what stands for something else or takes long -> what is run instead
+    "out/mine --examples chat.jsonl": "out/mine --examples chat.jsonl --steps 4",
+    "PATH...": "text.txt",
+    "--minutes 30": "--steps 12 --batch-size 4",
+    "--data tinystories --preset small --minutes 60": "--data mine --steps 2 --out out/small",
+    "--max-new-tokens 1000": "--max-new-tokens 8",
+    "--model LARGE --draft SMALL": "--model out/pystdlib --draft out/mine",
+    "--lora-rank 8": "--lora-rank 8 --model out/mine --examples chat.jsonl --steps 2 --out out/NAME",
+    "--adapter out/NAME/adapter": "--examples chat.jsonl --steps 2 --adapter out/NAME/adapter",
+    "out/pystdlib-chat --examples pairs.jsonl": "out/mine-chat --examples pairs.jsonl --steps 2",
+}
+ELSEWHERE = {  # needs a server, several processes or one to kill -> the test that has them
+    "python train.py --resume": "test_a_killed_run_goes_on_to_the_same_bits",
+    "python finetune.py --resume": "test_a_run_killed_at_any_checkpoint_goes_on_to_the_same_bits",
+    "python data/prepare.py shakespeare": "test_a_download_is_verified_before_it_gets_its_name",
+    "torchrun --nproc-per-node 8 train.py": "test_two_processes_learn_what_one_learns_and_one_can_go_on",
+    "torchrun --nnodes 2": "test_two_processes_learn_what_one_learns_and_one_can_go_on",
+    "torchrun --nproc-per-node 8 sample.py": "test_two_processes_share_the_prompts",
+}
+
+
+def blocks(language):
+    """The fenced parts of the README in that language."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [text for name, text in found if name == language]
+
+
+def commands():
+    """The commands of the README, in order, without comments."""
+    text = "\n".join(blocks("")).replace("\\\n", " ")
+    lines = re.findall(r"^(?:\$ )?((?:python|torchrun|echo|pip|pytest)\b.*)", text, re.MULTILINE)
+    return [re.sub(r"\s+# .*", "", line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The repository's own files in a folder of their own, with what the commands of the README name."""
+    folder = tmp_path_factory.mktemp("readme")
+    for path in [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py"), ROOT / "tests/plot.py"]:
+        (folder / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(path, folder / path.relative_to(ROOT))
+    (folder / "text.txt").write_text(WORDS * 200, encoding="utf-8")
+    (folder / "story.txt").write_text("the cat sat", encoding="utf-8")
+    (folder / "prompts.jsonl").write_text('{"prompt": "the cat"}\n{"prompt": "the dog"}\n')
+    chat = [f'{{"prompt": "{i} cats?", "completion": "{i} cats."}}\n' for i in range(40)]
+    (folder / "chat.jsonl").write_text("".join(chat))
+    pairs = [f'{{"prompt": "{i} cats?", "chosen": "{i} cats.", "rejected": "dogs"}}\n' for i in range(40)]
+    (folder / "pairs.jsonl").write_text("".join(pairs))
+    return folder
+
+
+def test_every_command_of_the_readme_is_run(copy):
+    gate = re.sub(r" -q| --minutes 0.1| --steps 20| --max-new-tokens 64", "", (ROOT / ".ci/run").read_text())
+    suite = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py"))
+    scripts = ["data/prepare.py text.txt --name mine", "train.py --data mine --steps 2 --out out/pystdlib"]
+    for command in commands():
+        tests = [name for start, name in ELSEWHERE.items() if command.startswith(start)]
+        if tests:
+            assert f"def {tests[0]}(" in suite
+        elif all(part in gate for part in command.split(" && ")):
+            continue
+        else:
+            for name, other in SMALLER.items():
+                command = command.replace(name, other)
+            scripts.append(command)
+    for i, snippet in enumerate(blocks("python")):
+        (copy / f"snippet_{i}.py").write_text(snippet)
+        scripts.append(f"snippet_{i}.py")
+    through_a_shell = [command for command in scripts if ">" in command]
+    lines = [command.removeprefix("python ") for command in scripts if ">" not in command]
+    environment = os.environ | {"PYTHONPATH": str(copy)}
+    settings = dict(cwd=copy, env=environment, text=True, capture_output=True, encoding="utf-8")
+    done = subprocess.run([sys.executable, "-c", RUNNER], input="\n".join(lines) + "\n", **settings)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for command in through_a_shell:
+        command = command.replace("python", shlex.quote(sys.executable))
+        done = subprocess.run(command, shell=True, **settings)
+        assert done.returncode == 0, done.stderr[-2000:]
