@@ -263,12 +263,12 @@ def plan(args, run, reason, material, device):
         say("replay", f"{share:.0%} of the rows of a batch are from {known}, against forgetting")
     by_time = not (args.steps or args.epochs)
     seconds = 60 * (args.minutes or MINUTES) if by_time else 0
-    per_token = measure_step(partial(begin, run, material, device), run, device, 0.03 * seconds)
+    in_epochs = round((args.epochs or EPOCHS) * examples.per_epoch)
+    per_token = measure_step(partial(begin, run, material, device), run, device, 0.03 * seconds, in_epochs)
     per_step = per_token * examples.mean_tokens() * run.batch_size / examples.batch_size
     evaluated = N_EVALS * (EVAL_TOKENS if data else 0) + (len(data.val) if data else 0)
     evaluated += N_EVALS * material.dev.mean_tokens() * material.dev.per_epoch if material.dev else 0
     in_time = int((seconds - min(seconds / 2, evaluated * per_token / 3)) / per_step)
-    in_epochs = round((args.epochs or EPOCHS) * examples.per_epoch)
     if run.steps is None:
         run.steps = max(1, in_time if args.minutes else min(in_time, in_epochs) if by_time else in_epochs)
     epochs, length = run.steps / examples.per_epoch, f"{run.steps * per_step:,.0f} s"

@@ -244,12 +244,12 @@ def train(run, stage, out, device, state, stop_asked=lambda: False):
     return run.steps, values
 
 
-def measure_step(begin, run, device, limit=0):
-    """Seconds per token of a training step: the median of throwaway steps, for `limit` seconds, on a
-    throwaway Stage.
+def measure_step(begin, run, device, limit=0, most=math.inf):
+    """Seconds per token of a training step: the median of throwaway steps, for `limit` seconds or `most` of
+    them, on a throwaway Stage.
     """
     stage, seconds, rates, world = begin(), [], [], processes()[1]
-    while len(seconds) < 4 or sum(seconds[3:]) < limit:
+    while len(seconds) < 4 or (sum(seconds[3:]) < limit and len(seconds) < most):
         start = time.perf_counter()
         *batch, counts, _ = stage.read_batch(len(seconds))
         rows, _ = training_step(stage, batch, int(counts.sum()) * world, 0.1, run)

@@ -8,14 +8,13 @@ import shutil
 import subprocess
 import sys
 
+import bench
 import pytest
-from conftest import ROOT, WORDS
-
-sys.path.insert(0, str(ROOT / "tests/lessons"))
-import index
+from conftest import ROOT, WORDS, run_main
+from lessons import index
 
 PAGES = ("README.md", "tests/README.md", "tests/lessons/README.md")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, MEASURED = ((ROOT / page).read_text(encoding="utf-8") for page in PAGES[:2])
 
 
 def names_in(path):
@@ -53,7 +52,7 @@ def test_every_lesson_is_listed_and_the_front_page_has_twenty():
     lessons = [lesson for topic in index.TOPICS for lesson in index.lessons(topic)]
     assert {f"test_{topic}.py" for topic in index.TOPICS} == {p.name for p in index.HERE.glob("test_*.py")}
     assert all(listed.count(f"[{name}]") == 1 for _, name, _ in lessons)
-    assert README.count(f"{len(lessons)} ") == 2, "how many lessons there are"
+    assert f"{len(lessons)} questions" in README
     questions = README[README.index("## Questions and answers") : README.index("## Use it for real")]
     assert questions.count("\n- **") == 20
 
@@ -107,15 +106,15 @@ ELSEWHERE = {  # needs a server, several processes or one to kill -> the test th
 }
 
 
-def blocks(language):
-    """The fenced parts of the README in that language."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(page, language):
+    """The fenced parts of a page in that language."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     return [text for name, text in found if name == language]
 
 
-def commands():
-    """The commands of the README, in order, without comments."""
-    text = "\n".join(blocks("")).replace("\\\n", " ")
+def commands(page):
+    """The commands that a page shows, in order, without comments."""
+    text = "\n".join(blocks(page, "")).replace("\\\n", " ")
     lines = re.findall(r"^(?:\$ )?((?:python|torchrun|echo|pip|pytest)\b.*)", text, re.MULTILINE)
     return [re.sub(r"\s+# .*", "", line) for line in lines]
 
@@ -124,7 +123,7 @@ def commands():
 def copy(tmp_path_factory):
     """The repository's own files in a folder of their own, with what the commands of the README name."""
     folder = tmp_path_factory.mktemp("readme")
-    for path in [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py"), ROOT / "tests/plot.py"]:
+    for path in [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py"), *ROOT.glob("tests/[bp]*.py")]:
         (folder / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
         shutil.copy(path, folder / path.relative_to(ROOT))
     (folder / "text.txt").write_text(WORDS * 200, encoding="utf-8")
@@ -141,17 +140,17 @@ def test_every_command_of_the_readme_is_run(copy):
     gate = re.sub(r" -q| --minutes 0.1| --steps 20| --max-new-tokens 64", "", (ROOT / ".ci/run").read_text())
     suite = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py"))
     scripts = ["data/prepare.py text.txt --name mine", "train.py --data mine --steps 2 --out out/pystdlib"]
-    for command in commands():
+    for command in commands(README) + commands(MEASURED):
         tests = [name for start, name in ELSEWHERE.items() if command.startswith(start)]
         if tests:
             assert f"def {tests[0]}(" in suite
-        elif all(part in gate for part in command.split(" && ")):
+        elif command.startswith("pytest ") or all(part in gate for part in command.split(" && ")):
             continue
         else:
             for name, other in SMALLER.items():
                 command = command.replace(name, other)
             scripts.append(command)
-    for i, snippet in enumerate(blocks("python")):
+    for i, snippet in enumerate(blocks(README, "python")):
         (copy / f"snippet_{i}.py").write_text(snippet)
         scripts.append(f"snippet_{i}.py")
     through_a_shell = [command for command in scripts if ">" in command]
@@ -164,3 +163,13 @@ def test_every_command_of_the_readme_is_run(copy):
         command = command.replace("python", shlex.quote(sys.executable))
         done = subprocess.run(command, shell=True, **settings)
         assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_every_benchmark_that_is_named_is_offered(monkeypatch):
+    called = []
+    for name in [name for name in vars(bench) if name.startswith("bench_")]:
+        monkeypatch.setattr(bench, name, called.append)
+    named = set(re.findall(r"`python tests/bench.py (.+?)`", README + MEASURED)) - {"--help"}
+    for arguments in named:
+        run_main(bench.main, *arguments.split())
+    assert len(called) == len(named) > 8

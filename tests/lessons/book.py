@@ -109,6 +109,18 @@ def show(value):
     return str(value)
 
 
+def moved_by(function, x, position):
+    """By how much each output moves when x, ids (1, T) or vectors (1, T, C), changes at one place: (T,)."""
+    changed = x.clone()
+    changed[0, position] = x[0, position] + 1 if x.is_floating_point() else (x[0, position] + 1) % 64
+    return (function(changed) - function(x))[0].abs().amax(-1)
+
+
+def places(condition):
+    """The positions at which a condition (T,) holds, as a list."""
+    return condition.nonzero().flatten().tolist()
+
+
 def largest(difference):
     """The largest absolute value in a tensor, as a float."""
     return difference.abs().max().item()

@@ -1,4 +1,4 @@
-"""Lessons are printed as pages of a book (`pytest tests/lessons -s`), and all are computed on one core."""
+"""Lessons are printed as pages of a book, `pytest tests/lessons -s`."""
 
 import inspect
 import textwrap
@@ -9,6 +9,17 @@ import torch
 from model import Transformer
 
 from . import book, index
+
+
+def pytest_sessionstart(session):
+    if session.config.getoption("capture") == "no":
+        print(f"\n{index.LETTERS}")
+
+
+def pytest_collection_modifyitems(items):
+    """As the index has them: attention first."""
+    pages = {index.HERE / f"test_{topic}.py": i for i, topic in enumerate(index.TOPICS)}
+    items.sort(key=lambda item: pages.get(item.path, -1))
 
 
 def pytest_report_teststatus(report, config):

@@ -19,6 +19,13 @@ WORDS = (
 )
 
 
+LETTERS = """\
+Letters: B texts at a time, T tokens in each, C channels of a token's vector (the width of the model), H heads
+of width D, K heads of keys and values, L layers, V tokens in the vocabulary; W a matrix of weights, p a
+probability, lr the learning rate; ln is the natural logarithm, a nat its unit. The stream is the vector of
+each token on its way through the blocks; scores (logits) are what the softmax makes probabilities of."""
+
+
 def claim(name):
     """The name of a lesson as a sentence."""
     text = name.removeprefix("test_").replace("_", " ")
@@ -42,9 +49,11 @@ def write():
     lines = [
         "# Questions and answers",
         "",
-        "Each answer is a test that runs, prints its numbers, and would fail if the answer were false. It",
-        "says why, what is often told instead, and where it comes from. `pytest tests/lessons -s` prints all",
-        "of them as a book, `pytest tests/lessons -s -k NAME` a page of it.",
+        "Each has a test that runs, prints its numbers, and fails if the claim in its name is false; what it",
+        "says beyond that rests on the source that it names. `pytest tests/lessons -s` prints them all as a",
+        "book, `pytest tests/lessons -s -k NAME` a page of it.",
+        "",
+        LETTERS,
     ]
     for topic in TOPICS:
         title = ast.get_docstring(ast.parse((HERE / f"test_{topic}.py").read_text(encoding="utf-8")))

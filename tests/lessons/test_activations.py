@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from model import MLP, PRESETS, Block, Config
 
-from .book import largest, table, tiny_config
+from .book import largest, moved_by, places, table, tiny_config
 
 
 def test_the_mlp_is_position_wise_and_holds_two_thirds_of_a_block():
@@ -15,25 +15,22 @@ def test_the_mlp_is_position_wise_and_holds_two_thirds_of_a_block():
 
     It applies the same weights to each position by itself; only attention carries anything from one position
     to another. In two matrices of 4 C^2 (or SwiGLU's three of 8/3 C^2) it holds 8 C^2 weights, beside 4 C^2
-    of attention: two thirds of a block.
+    of attention: two thirds of a block (with as many heads of keys as of queries; in Llama 3 8B it is 81 %).
 
     Often told: it transforms the vector that encodes the position. It sees one token's vector, all in all.
     Code: model.py MLP.forward
     Source: Vaswani et al. (2017), sec. 3.3, eq. 2
     """
-    block = Block(Config(vocab_size=1, **PRESETS["nano"]))
-    x = torch.randn(1, 6, 192)
-    changed = x.clone()
-    changed[0, 3] += 1
-    moved = (block.mlp(changed) - block.mlp(x))[0].abs().amax(-1) > 1e-6
+    block, x = Block(Config(vocab_size=1, **PRESETS["nano"])), torch.randn(1, 6, 192)
+    moved = places(moved_by(block.mlp, x, 3) > 0)
     mlp, attention = (sum(p.numel() for p in part.parameters()) for part in (block.mlp, block.self_attn))
     heads = "a change of position 3 moves | weights of the MLP | of attention | share of the MLP"
-    table(heads, (moved.nonzero(), mlp, attention, mlp / (mlp + attention)))
-    assert moved.tolist() == [False, False, False, True, False, False]
+    table(heads, (moved, mlp, attention, mlp / (mlp + attention)))
+    assert moved == [3]
     assert mlp == 2 * attention
 
 
-def test_without_an_activation_the_mlp_collapses_to_one_matrix():
+def test_two_linear_layers_without_an_activation_are_one_matrix():
     """Where is a Transformer not linear?
 
     In the MLP's activation or gate, in the softmax (of a product of two projections, times a third), and in
@@ -41,7 +38,7 @@ def test_without_an_activation_the_mlp_collapses_to_one_matrix():
 
     Often told: the activation is all that is not linear.
     Code: model.py MLP.forward
-    Source: Shazeer (2020, arXiv 2002.05202)
+    Source: Shazeer (2020, arXiv 2002.05202), for the gate without activation
     """
     W, V, out = torch.randn(16, 64), torch.randn(16, 64), torch.randn(64, 16)
     parts = {

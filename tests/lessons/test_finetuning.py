@@ -12,7 +12,7 @@ from lora import LoRALinear, add_lora, merge, num_lora_params
 from model import KVCache, Transformer
 from preference import dpo_loss
 
-from .book import drawn_model, forward, largest, table, tiny_config, train
+from .book import drawn_model, forward, largest, places, table, tiny_config, train
 
 
 def test_lora_starts_as_the_base_model_and_merges_exactly():
@@ -54,7 +54,7 @@ def test_lora_saves_gradients_and_moments_but_not_the_forward_pass():
     little, and activations must still be kept.
 
     Often told: LoRA is fast because few parameters are computed.
-    Code: lora.py add_lora
+    Code: machine.py training_memory
     Source: Hu et al. (2021), sec. 4.2, report 25 % more speed for GPT-3
     """
 
@@ -98,11 +98,13 @@ def test_nf4_fits_normal_weights_better_than_even_levels():
         nearest = ((weights / scale)[..., None] - levels).abs().argmin(-1)
         return (levels[nearest] * scale - weights).pow(2).mean().item()
 
-    rows = [("NF4", error(torch.tensor(nf4))), ("even", error(torch.arange(-7, 8) / 7))]
-    table("levels | mean squared error", *rows)
-    bits, double = 4 + 32 / 64, 4 + 8 / 64 + 32 / (64 * 256)
-    print(f"    bits per weight: {bits}, with scales in 8 bits and scales of those {double:.3f}")
-    assert rows[0][1] < 0.85 * rows[1][1] and round(double, 3) == 4.127
+    rows = [("NF4", error(torch.tensor(nf4))), ("even", error(torch.linspace(-1, 1, 16)))]
+    table("16 levels | mean squared error", *rows)
+    bits, double = 4 + 32 / 64, 4 + 8 / 64 + 32 / (64 * 256)  # 256 scales of 8 bits share one of 32
+    print(
+        f"    bits per weight: {bits} with a scale of 32 bits for 64 of them, {double:.3f} with scales of 8"
+    )
+    assert rows[0][1] < 0.9 * rows[1][1]
 
 
 def test_adalora_gives_ranks_to_the_matrices_that_need_them():
@@ -130,12 +132,13 @@ def test_adalora_gives_ranks_to_the_matrices_that_need_them():
     assert ranks == {"the first": 4, "the second": 1}
 
 
-def test_soft_prompts_contain_prompts_and_prefixes_contain_both():
+def test_every_prompt_is_a_soft_prompt_and_every_soft_prompt_is_a_prefix():
     """What are prompt tuning, P-tuning and prefix tuning?
 
     Prompt tuning learns n input vectors of a frozen model; P-tuning makes them by a small network. Prefix
-    tuning and P-tuning v2 learn keys and values for n positions of every layer, 2 n L K D numbers. Real
-    tokens are a special case of learned vectors, their cache of a prefix; all of them take up context.
+    tuning and P-tuning v2 learn keys and values for n positions of each of L layers, 2 n L K D numbers with K
+    heads of width D. Real tokens are a special case of learned vectors, their cache of a prefix; all of them
+    take up context.
 
     Often told: P-tuning v2 is P-tuning with a longer prefix.
     Code: model.py KVCache
@@ -204,11 +207,16 @@ def test_sft_learns_the_next_token_of_answers_only():
     model, ids, n_prompt = drawn_model(), torch.randint(64, (1, 12)), 6
     targets = ids[:, 1:].clone()
     targets[:, : n_prompt - 1] = -100
-    seen = {}
-    model.model.norm.register_forward_hook(lambda module, inputs, x: x.retain_grad() or seen.update(x=x))
+    streams = []
+
+    def keep(module, inputs, x):
+        x.retain_grad()
+        streams.append(x)
+
+    model.model.norm.register_forward_hook(keep)
     loss = model.loss(ids[:, :-1], targets)
     loss.backward()
-    learning = (seen["x"].grad[0].abs().sum(-1) > 0).nonzero().flatten().tolist()
+    learning = places(streams[0].grad[0].abs().sum(-1) > 0)
     table("positions whose prediction is learned | targets", (learning, (targets != -100).sum()))
     assert learning == [5, 6, 7, 8, 9, 10]
     by_hand = F.cross_entropy(model(ids[:, :-1])[0, 5:], ids[0, 6:])
@@ -267,9 +275,8 @@ def test_fine_tuning_forgets_and_replay_prevents_most_of_it():
 
     model = Transformer(tiny_config(vocab_size=12, n_layer=1, n_embd=32, n_head=2))
     train(model, batches(12), 100, 1e-2)
-    base, tests = {name: p.clone() for name, p in model.state_dict().items()}, []
-    for language in (old, new):
-        tests.append(sentences(language, 64))
+    base = {name: p.clone() for name, p in model.state_dict().items()}
+    tests = [sentences(language, 64) for language in (old, new)]
 
     def losses():
         return [model.loss(ids[:, :-1], ids[:, 1:]).item() for ids in tests]
@@ -281,7 +288,8 @@ def test_fine_tuning_forgets_and_replay_prevents_most_of_it():
         rows.append((name, *losses()))
     table("trained on | loss on the old language | on the new", *rows)
     (_, before, _), (_, forgot, _), (_, kept, _) = rows
-    assert forgot > before + 0.5 and kept < forgot - 0.5
+    assert forgot > before + 0.5
+    assert forgot - kept > 0.5 * (forgot - before)
     assert rows[2][2] < rows[1][2] + 0.3
 
 
@@ -293,7 +301,8 @@ def test_dpo_starts_at_ln_2_and_learns_most_from_pairs_in_the_wrong_order():
     sigmoid(-margin): those that moved the right way count little. There is no model of rewards, and nothing
     is drawn.
 
-    Often told: DPO stands for "dual prompt objectives".
+    Often told: it makes the chosen answer likelier. It raises its odds against the other; both may become
+    less likely (Pang et al., 2024, arXiv 2404.19733).
     Code: preference.py dpo_loss
     Source: Rafailov et al. (2023, arXiv 2305.18290), sec. 4, eq. 7
     """
@@ -306,6 +315,7 @@ def test_dpo_starts_at_ln_2_and_learns_most_from_pairs_in_the_wrong_order():
     moved = torch.tensor([[0.0, 0.0], [4.0, 0.0], [-4.0, 0.0]])  # what p/p0 of the pairs has become
     reference = (log_p - moved).requires_grad_()
     loss, measured = dpo_loss(model, ids, targets, reference, beta, likelihood=0)
+    # the margin falls as the reference rises: the gradient has the size of that in ln p
     loss.backward()
     rows = [(pair[1], pair[0], abs(slope)) for pair, slope in zip(measured, reference.grad[:, 0])]
     table("margin | loss | size of the gradient in ln p(chosen)", *rows)
@@ -355,11 +365,13 @@ def test_a_reward_model_learns_differences_only():
 def test_the_clip_of_ppo_stops_the_gradient_outside_the_trusted_region():
     """What does PPO optimise, and what is in memory?
 
-    min(r A, clip(r, 1 - e, 1 + e) A) with r = p / p_old, less a penalty for leaving the reference. At r = 1
-    it is the policy gradient; where r has gone beyond 1 +- e in the direction that A favours, there is none.
-    Four models are held: policy and critic, which learn, reference and reward, which don't.
+    PPO draws texts, has them rated, and makes the better ones likelier: it maximises min(r A, clip(r, 1 - e,
+    1 + e) A). A, the advantage, is how much better a token did than expected; r = p / p_old is how much
+    likelier it has become since it was drawn; e is about 0.2. Once r is beyond 1 +- e in the direction that A
+    favours, there is no gradient. Four models are held: the policy, which writes, and the critic, which says
+    what to expect, both learn; the reward model and the reference, the policy as it began, do not.
 
-    Code: preference.py dpo_loss
+    Code: preference.py cache_references
     Source: Schulman et al. (2017, arXiv 1707.06347), eq. 7; Ouyang et al. (2022), sec. 3.5
     """
     rows = []
@@ -367,9 +379,8 @@ def test_the_clip_of_ppo_stops_the_gradient_outside_the_trusted_region():
         ratio = torch.tensor([0.5, 0.9, 1.0, 1.1, 1.5], requires_grad=True)
         torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum().backward()
         rows.append((advantage, *ratio.grad))
-    table("advantage | gradient at r = 0.5 | 0.9 | 1.0 | 1.1 | 1.5", *rows)
+    table("A | gradient at r = 0.5 | 0.9 | 1.0 | 1.1 | 1.5", *rows)
     assert [row[1:] for row in rows] == [(1, 1, 1, 1, 0), (0, -1, -1, -1, -1)]
-    learns, frozen = 16, 2  # bytes per parameter: see the lesson on memory
-    sizes = {"PPO": 2 * learns + 2 * frozen, "DPO": learns + frozen, "SFT": learns}
-    table("method | bytes per parameter, all models of one size", *sizes.items())
-    assert sizes == {"PPO": 36, "DPO": 18, "SFT": 16}
+    learns, frozen = 16, 2  # bytes per parameter: see the lesson on full fine-tuning
+    sizes = {"PPO": 2 * learns + 2 * frozen, "DPO": learns + frozen, "DPO, log p of the start kept": learns}
+    table("method | bytes per parameter, if all models are of one size", *sizes.items())

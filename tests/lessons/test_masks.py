@@ -1,20 +1,14 @@
 """Masks: which token sees which, and where padding goes."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from model import KVCache, Transformer
 
-from .book import causal, drawn_model, forward, largest, table, tiny_config, train
-
-
-def other_token(ids, position):
-    """ids (1, T) with another token at a position."""
-    changed = ids.clone()
-    changed[0, position] = (ids[0, position] + 1) % 64
-    return changed
+from .book import causal, drawn_model, forward, largest, moved_by, places, table, tiny_config, train
 
 
 def test_no_score_depends_on_a_later_token():
@@ -26,10 +20,9 @@ def test_no_score_depends_on_a_later_token():
     Code: model.py Attention.forward
     Source: Vaswani et al. (2017), sec. 3.2.3
     """
-    model, ids = drawn_model(), torch.randint(64, (1, 12))
-    moved = (model(ids) - model(other_token(ids, 8)))[0].abs().amax(-1)
-    table("changed token | positions whose scores move", (8, moved.nonzero().flatten()))
-    assert (moved[:8] == 0).all() and (moved[8:] > 0).all()
+    moved = places(moved_by(drawn_model(), torch.randint(64, (1, 12)), 8) > 0)
+    table("changed token | positions whose scores move", (8, moved))
+    assert moved == [8, 9, 10, 11]
 
 
 def test_masking_is_minus_infinity_before_the_softmax():
@@ -54,29 +47,33 @@ def test_masking_is_minus_infinity_before_the_softmax():
     assert before[3] > 0.08 and after.sum() < 0.35
 
 
-def test_a_row_that_sees_nothing_is_nan_with_infinity_and_even_with_a_large_number():
-    """Why do many codes add a large negative number instead of minus infinity?
+def test_a_row_that_sees_nothing_is_nan_with_infinity_and_uniform_with_a_huge_number():
+    """Why do many codes add a huge negative number instead of minus infinity?
 
-    Because a query that sees no key gives 0/0 with -inf, and harmless even weights with a finite number. It
+    Because a query that sees no key gives 0/0 with -inf, and harmless equal weights with a finite number. It
     must fit the dtype: -1e9 is -inf in float16, whose largest number is 65504. PyTorch's attention with a
     boolean mask gives zeros for such a row.
 
-    Often told: -1000 is enough. An added number must stay far below any score.
+    Often told: -1000 is enough. Added to all scores, it changes nothing.
     Code: model.py KVCache.begin
     Source: torch.finfo; the documentation of scaled_dot_product_attention
     """
-    scores, nothing = torch.tensor([0.3, -0.2, 1.0]), torch.zeros(3, dtype=torch.bool)
-    lowest = torch.finfo(torch.float32).min
-    rows = []
-    for name, value in (("-inf", -math.inf), ("finfo.min", lowest)):
-        rows.append((name, scores.masked_fill(~nothing, value).softmax(0)))
-    table("all keys hidden by | weights", *rows)
+    scores, rows = torch.tensor([0.3, -0.2, 1.0]), []
+    for name, value in (
+        ("-inf", -math.inf),
+        ("finfo.min", torch.finfo(torch.float32).min),
+        ("-1000", -1000.0),
+    ):
+        rows.append((name, (scores + value).softmax(0)))
+    table("added to all scores | weights", *rows)
     print(f"    -1e9 in float16 is {torch.tensor(-1e9).half().item()}")
     assert rows[0][1].isnan().all()
-    q, k, v = torch.randn(3, 1, 1, 3, 8)
-    assert (F.scaled_dot_product_attention(q, k, v, attn_mask=nothing.expand(3, 3)) == 0).all()
     assert torch.allclose(rows[1][1], torch.full((3,), 1 / 3))
+    assert torch.allclose(rows[2][1], scores.softmax(0), atol=1e-4)
     assert torch.tensor(-1e9).half() == -math.inf
+    q, k, v = torch.randn(3, 1, 1, 3, 8)
+    nothing = torch.zeros(3, 3, dtype=torch.bool)
+    assert (F.scaled_dot_product_attention(q, k, v, attn_mask=nothing) == 0).all()
 
 
 def test_padding_on_the_left_or_right_is_the_same_to_rope():
@@ -142,7 +139,6 @@ def test_a_prefix_model_looks_both_ways_inside_the_prompt():
     than the T(T+1)/2 of a causal one. A causal model is trained on all its tokens, a prefix model on what
     follows the prefix.
 
-    Often told: ChatGLM2 is one. GLM-130B and the first ChatGLM were.
     Code: model.py Attention.forward
     Source: Raffel et al. (2020, arXiv 1910.10683), sec. 3.2; Wang et al. (2022, arXiv 2204.05832)
     """
@@ -150,11 +146,9 @@ def test_a_prefix_model_looks_both_ways_inside_the_prompt():
     prefix = causal(T)
     prefix[:P, :P] = True
     print("\n".join("    " + " ".join("x" if seen else "." for seen in row) for row in prefix))
-    model, ids = drawn_model(), torch.randint(64, (1, T))
-    rows = []
+    model, ids, rows = drawn_model(), torch.randint(64, (1, T)), []
     for position in (2, 6):
-        moved = forward(model, ids, prefix) - forward(model, other_token(ids, position), prefix)
-        rows.append((position, (moved[0].abs().amax(-1) > 0).nonzero().flatten().tolist()))
+        rows.append((position, places(moved_by(partial(forward, model, mask=prefix), ids, position) > 0)))
     table("changed token | positions whose scores move", *rows)
     assert causal(T).sum() == T * (T + 1) // 2
     assert (prefix & ~causal(T)).sum() == P * (P - 1) // 2

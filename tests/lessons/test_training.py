@@ -30,7 +30,7 @@ def test_cross_entropy_is_minus_log_probability_and_starts_at_ln_v():
     assert torch.allclose(scores.grad, slope, atol=1e-6)
     ids, rows = torch.randint(512, (8, 65)), []
     for name, model in (("as training begins", Transformer(tiny_config(vocab_size=512))),
-                        ("all of size one", drawn_model(vocab_size=512))):  # fmt: skip
+                        ("every matrix random", drawn_model(vocab_size=512))):  # fmt: skip
         rows.append((name, model.loss(ids[:, :-1], ids[:, 1:]).item(), math.log(512)))
     table("weights | first loss | ln 512", *rows)
     assert abs(rows[0][1] - rows[0][2]) < 0.05 and rows[1][1] > rows[1][2] + 0.2
@@ -40,8 +40,7 @@ def test_the_first_steps_of_adam_ignore_the_size_of_the_gradient():
     """Why a warm-up?
 
     Adam's first update is lr times the sign of the gradient, be it 1e-6 or 1000: its estimate of the second
-    moment rests on one sample. A small rate bounds the damage until the estimate is good; post-norm networks
-    need it most.
+    moment rests on one sample. A small rate bounds the damage until the estimate is good.
 
     Often told: it avoids over-fitting to the first batches, or lets the model see each sample a few times.
     Code: optimizer.py learning_rate
@@ -53,22 +52,22 @@ def test_the_first_steps_of_adam_ignore_the_size_of_the_gradient():
     torch.optim.Adam([weights], lr=0.01, eps=1e-12).step()
     table("gradient | first update with a rate of 0.01", *zip(gradients, weights.detach()))
     assert torch.allclose(weights.detach(), -0.01 * gradients.sign(), atol=1e-6)
-    spreads = {}
+    spreads = []
     for steps in (1, 100):
-        estimates = torch.randn(1000, steps).pow(2).mean(1)  # the second moment of 1,000 weights, truly 1
-        spreads[steps] = (estimates.max() / estimates.min()).item()
-        print(
-            f"    largest / smallest of 1,000 equal second moments after {steps} steps: {spreads[steps]:,.3g}"
-        )
-    assert spreads[1] > 1e4 and spreads[100] < 5
+        estimates = (
+            torch.randn(1000, steps).pow(2).mean(1)
+        )  # the second moments of 1,000 weights, all truly 1
+        spreads.append((steps, (estimates.max() / estimates.min()).item()))
+    table("gradients seen | largest / smallest estimate of a second moment", *spreads)
+    assert spreads[0][1] > 1e4 and spreads[1][1] < 5
 
 
 def test_gradient_noise_falls_with_one_over_the_batch():
-    """How large should a batch be?
+    """What does a larger batch buy?
 
-    The gradient's variance falls as 1/B. Below the critical batch, about tr(S)/|G|^2, twice the batch needs
-    half the steps; above it, samples are wasted. It depends on the task and grows in training: large language
-    models use 10^5 to 10^7 tokens a step.
+    The gradient's variance falls as 1/B. Below the critical batch, about the variance for one sample over the
+    squared length of the mean gradient, twice the batch needs half the steps; above it, samples are wasted.
+    It depends on the task and grows in training: large language models use 10^5 to 10^7 tokens a step.
 
     Often told: 16 to 128, as larger ones converge badly.
     Code: train.py settings
@@ -89,12 +88,12 @@ def test_gradient_noise_falls_with_one_over_the_batch():
     assert 5 < critical < 20
 
 
-def test_k_small_steps_of_sgd_are_one_large_step_of_k_times_the_rate():
+def test_n_small_steps_of_sgd_are_one_large_step_of_n_times_the_rate():
     """How do batch size and learning rate go together?
 
-    For SGD, k steps of rate lr on batches of B are to first order one step of rate k lr on a batch of k B:
+    For SGD, n steps of rate lr on batches of B are to first order one step of rate n lr on a batch of n B:
     linear scaling. Adam normalises the gradient, and the usual rule for it is the square root. Both fail
-    above the critical batch.
+    above the critical batch. (train.py keeps to one rate, for Muon.)
 
     Code: train.py settings
     Source: Goyal et al. (2017, arXiv 1706.02677), sec. 2.1; Malladi et al. (2022, arXiv 2205.10287) for Adam
@@ -105,11 +104,11 @@ def test_k_small_steps_of_sgd_are_one_large_step_of_k_times_the_rate():
     def gradient(w, rows):
         return x[rows].T @ (x[rows] @ w - y[rows]) / len(x[rows])
 
-    def difference(lr, k=4, B=16):
+    def difference(lr, n=4, B=16):
         w = torch.zeros(8)
-        for i in range(k):
+        for i in range(n):
             w = w - lr * gradient(w, slice(i * B, (i + 1) * B))
-        large = -k * lr * gradient(torch.zeros(8), slice(0, k * B))
+        large = -n * lr * gradient(torch.zeros(8), slice(0, n * B))
         return ((w - large).norm() / large.norm()).item()
 
     rows = [(lr, difference(lr)) for lr in (0.2, 0.02, 0.002)]
@@ -138,11 +137,11 @@ def test_micro_batches_must_be_weighted_by_their_tokens():
             loss.backward()
         return model.model.embed_tokens.weight.grad.clone()
 
-    rows = [ids[i : i + 1] for i in range(4)], [targets[i : i + 1] for i in range(4)]
+    one_by_one = [(ids[i : i + 1], targets[i : i + 1]) for i in range(4)]
     whole = gradient([model.loss(ids, targets)])
     ways = {
-        "the mean of the means": gradient(model.loss(x, y) / 4 for x, y in zip(*rows)),
-        "sums, over all tokens": gradient(model.loss(x, y, "sum") / n for x, y in zip(*rows)),
+        "the mean of the means": gradient(model.loss(x, y) / 4 for x, y in one_by_one),
+        "sums, over all tokens": gradient(model.loss(x, y, "sum") / n for x, y in one_by_one),
     }
     found = [(way, ((g - whole).norm() / whole.norm()).item()) for way, g in ways.items()]
     table("4 micro-batches of 1, 6, 12 and 12 targets, by | error of the gradient", *found)
@@ -198,11 +197,9 @@ def test_the_embedding_may_share_its_matrix_with_the_head_and_layers_share_nothi
 def test_a_sequence_seen_often_is_memorised():
     """Does repeated data matter?
 
-    A sequence that is shown far more often than the rest is learned by heart, at the cost of the rest: remove
-    duplicates. To repeat the whole corpus a few times is much milder; up to 4 epochs are nearly as good as
-    new text.
+    A sequence that is shown far more often than the rest is learned by heart: remove duplicates. To repeat
+    the whole corpus a few times is much milder; up to 4 epochs are nearly as good as new text.
 
-    Often told: repeated tokens add parameters.
     Code: data/loader.py Blocks.batch
     Source: Lee et al. (2022, arXiv 2107.06499); Muennighoff et al. (2023, arXiv 2305.16264)
     """
@@ -222,7 +219,7 @@ def test_a_sequence_seen_often_is_memorised():
         return model.loss(rows[:, :-1], rows[:, 1:]).item()
 
     often, once = loss(sequences[:1]), loss(sequences[list(seen)[:300]])
-    table("sequences of random tokens | loss", ("seen 150 times", often), ("seen about once", once))
+    table("sequences of random tokens | loss", ("seen 150 times", often), ("seen once or a few times", once))
     print(f"    an even guess: ln 16 = {math.log(16):.3f}")
     assert often < 0.3 and once > 2.6
 
@@ -257,9 +254,9 @@ def test_products_may_have_sixteen_bits_and_weights_need_thirty_two():
 def test_muon_gives_every_direction_of_a_gradient_the_same_size():
     """What does Muon do that Adam does not?
 
-    It takes the gradient of a matrix as a whole, U S V^T, and updates by U V^T: rare directions, of small
-    singular values, are learned as fast as common ones. Five steps of a polynomial do it, in products alone.
-    Adam looks at each weight by itself.
+    It takes the gradient of a matrix as a whole (its running mean), written U S V^T, and updates by about U
+    V^T: all directions get nearly the same size, small ones too. Its author suspects that this helps rare
+    directions to be learned. Adam looks at each weight by itself.
 
     Code: optimizer.py orthogonalize
     Source: Jordan et al. (2024), "Muon: an optimizer for hidden layers in neural networks"
