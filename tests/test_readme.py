@@ -171,5 +171,5 @@ def test_every_benchmark_that_is_named_is_offered(monkeypatch):
         monkeypatch.setattr(bench, name, called.append)
     named = set(re.findall(r"`python tests/bench.py (.+?)`", README + MEASURED)) - {"--help"}
     for arguments in named:
-        run_main(bench.main, *arguments.split())
+        run_main(bench.main, "bench.py", *arguments.split())
     assert len(called) == len(named) > 8
