@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import signal
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -15,6 +16,8 @@ from tokenizer import Tokenizer
 from train import Run
 
 ROOT = Path(__file__).resolve().parent.parent
+# a shell's background job ignores Ctrl-C, and so would the programs that tests start and interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 WORDS = "the cat sat on the mat and the dog sat on the cat; naïve café 12345 — 日本語\n"
 
 

@@ -136,6 +136,7 @@ def copy(tmp_path_factory):
     return folder
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="commands run in forked processes")
 def test_every_command_of_the_readme_is_run(copy):
     gate = re.sub(r" -q| --minutes 0.1| --steps 20| --max-new-tokens 64", "", (ROOT / ".ci/run").read_text())
     suite = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py"))
