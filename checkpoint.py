@@ -239,10 +239,9 @@ class Log:
         line = f"{step:8,} {values['train_loss']:8.4f} {bpb:>8} {values['lr']:8.5f} {speed:9,.0f}"
         line += f" {values['mfu']:5.0%} {left!s:>8}"
         evaluated = "val_bpb" in values
-        shown = [
-            name for name in self.more if row[name] and name.startswith("val_" if evaluated else "train_")
-        ]
-        others = ", ".join(f"{name.split('_loss ')[-1]} {values[name]:.3f}" for name in shown)
+        split = "val_" if evaluated else "train_"
+        shown = [name for name in self.more if row[name] and name.startswith(split)]
+        others = "; ".join(f"{name.split('_loss ')[-1]} {values[name]:.3f}" for name in shown)
         if evaluated:
             print("\r\033[K" * self.terminal + line + f"\n{'':9}{others}" * bool(others), flush=True)
         elif self.terminal:  # a line that the next one overwrites

@@ -42,7 +42,7 @@ from loop import (
     sum_losses,
     train,
 )
-from lora import add_lora, load_adapter, merge, num_lora_params, put_adapter, save_adapter
+from lora import add_lora, base_of, load_adapter, merge, num_lora_params, put_adapter, save_adapter
 from machine import over_processes, processes
 from model import Transformer, config_from_json, load_safetensors
 from preference import MEASURES, cache_references, dpo_loss
@@ -273,6 +273,8 @@ def plan(args, run, reason, material, device):
         run.steps = max(1, in_time if args.minutes else min(in_time, in_epochs) if by_time else in_epochs)
     epochs, length = run.steps / examples.per_epoch, f"{run.steps * per_step:,.0f} s"
     say("steps", f"{run.steps:,} of {1000 * per_step:,.0f} ms, {length}: each example {epochs:.2g} times")
+    if run.steps < 50 and not args.steps:
+        say("", f"these are few and teach little: --epochs {math.ceil(100 / examples.per_epoch)} makes 100")
     run.warmup = max(1, min(50, run.steps // 10))
     run.eval_every = run.eval_every or math.ceil(run.steps / N_EVALS)
     run.save_every = run.save_every or run.eval_every
@@ -367,7 +369,8 @@ def main():
     if state:
         run, sources = Tuning(**state["run"]), state["sources"]
     else:
-        base = Path(args.model) if args.model else newest_base()
+        base = args.model or (base_of(args.adapter) if args.adapter else newest_base())
+        base = Path(base)
         run, reason = settings(args, config_of(base), device)
         sources = dict(base=base, adapter=args.adapter, examples=args.examples, test=args.test)
         sources = {name: path and os.path.abspath(path) for name, path in sources.items()}

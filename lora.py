@@ -92,6 +92,15 @@ def load_adapter(folder):
     return {n.removeprefix(PREFIX).removesuffix(".weight"): w for n, w in update.items()}, rank, alpha
 
 
+def base_of(folder):
+    """The folder of the model that an adapter says it belongs to. ValueError: it names none that is there."""
+    load_adapter(folder)
+    base = json.loads((Path(folder) / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
+    if not base or not (Path(base) / "config.json").exists():
+        raise ValueError(f"{folder} belongs to the model {base!r}, which is not there: name it with --model")
+    return Path(base)
+
+
 def put_adapter(model, folder):
     """Give a model with LoRA the update that a folder holds. ValueError: it is that of another model."""
     update, _, _ = load_adapter(folder)

@@ -205,7 +205,7 @@ def read_records(path):
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise ValueError('it needs "prompt", a text, or "messages", each with "role" and "content"')
             if taken := {"line", "completion"} & record.keys():
-                raise ValueError(f"the answers need the name {min(taken)!r} for themselves")
+                raise ValueError(f"{min(taken)!r} is what the answer will be called: leave it out")
             json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair cannot be written
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: {error!r:.150}") from None

@@ -97,6 +97,8 @@ def read_examples(path, pairs=False):
             if len(found) != 1 + pairs:
                 raise ValueError(f"it needs {wanted}")
             examples.append(Example(found, str(record.get("channel", "all"))))
+        except json.JSONDecodeError as error:
+            faults.append(f"{path}, line {number}: no JSON, {error}")
         except (AttributeError, KeyError, TypeError, RecursionError, ValueError) as error:
             why = f"no {error}" if isinstance(error, KeyError) else error
             faults.append(f"{path}, line {number}: {why!s:.150}")
@@ -162,7 +164,7 @@ class Examples:
 
     def __init__(self, examples, tokenizer, block_size, batch_size, seed=0):
         self.examples, self.rows, self.n_cut = [], [], 0
-        self.batch_size, self.seed = batch_size, seed
+        self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
         for example in examples:
             several = example.conversations
             row = [fit(tokenizer, messages, block_size + 1, len(several) > 1) for messages in several]
@@ -183,9 +185,10 @@ class Examples:
 
     def __str__(self):
         counts = Counter(example.channel for example in self.examples)
-        lines = [f"{len(self.rows):,}: " + ", ".join(f"{name} {counts[name]:,}" for name in self.channels)]
-        lines += [f"{self.n_cut:,} are cut, as too long"] * (self.n_cut > 0)
-        lines += [f"{self.n_dropped:,} are left out, as no answer is within that"] * (self.n_dropped > 0)
+        lines = [f"{len(self.rows):,}: " + "; ".join(f"{name} {counts[name]:,}" for name in self.channels)]
+        length = f"the {self.block_size} tokens that the model reads"
+        lines += [f"{self.n_cut:,} are cut to {length}"] * (self.n_cut > 0)
+        lines += [f"{self.n_dropped:,} are left out: no answer is within {length}"] * (self.n_dropped > 0)
         return "; ".join(lines)
 
     @lru_cache(maxsize=2)  # noqa: B019  there are one or two of these objects in a process

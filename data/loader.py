@@ -69,7 +69,7 @@ def find_data(name):
     folder = DATA / name
     if Path(name).name != name or not (folder / "meta.json").exists():
         if name not in SOURCES:
-            ready = ", ".join(sorted(path.parent.name for path in DATA.glob("*/meta.json"))) or "none"
+            ready = ", ".join(sorted(path.parent.name for path in DATA.glob("*/tokenizer.json"))) or "none"
             known = f"prepared are {ready}, known are {', '.join(SOURCES)}"
             raise ValueError(f"no data named {name!r}: {known}; your own: `python data/prepare.py PATH`")
         prepare([name])

@@ -584,14 +584,19 @@ def test_a_run_goes_on_with_the_examples_that_it_began_with_or_not_at_all(base, 
 
 
 def test_an_update_can_be_trained_further(base, chat, tmp_path):
-    options = ("--model", base, "--examples", chat, *SHORT)
-    run_here(*options, "--steps", 5, "--lora-rank", 2, "--lora-alpha", 3, "--out", tmp_path / "a")
-    run_here(*options, "--steps", 5, "--adapter", tmp_path / "a/adapter", "--out", tmp_path / "b")
+    """And it is that of the model that it names."""
+    options = ("--examples", chat, "--steps", 5, *SHORT)
+    run_here("--model", base, *options, "--lora-rank", 2, "--lora-alpha", 3, "--out", tmp_path / "a")
+    run_here(*options, "--adapter", tmp_path / "a/adapter", "--out", tmp_path / "b")
     first, second = read_log(tmp_path / "a"), read_log(tmp_path / "b")
     assert float(second[0]["train_loss animal"]) < float(first[0]["train_loss animal"])
     assert load_adapter(tmp_path / "b/adapter")[1:] == (2, 3.0)
     begun = torch.load(tmp_path / "b/checkpoints/step_000003/train_state.pt", weights_only=True)
     assert begun["sources"]["adapter"] == str(tmp_path / "a/adapter")
+    assert begun["sources"]["base"] == str(base)
+    save_adapter(tmp_path / "a/adapter", {}, 2, 3.0, tmp_path / "gone")
+    with pytest.raises(ValueError, match="belongs to the model '.*gone', which is not there"):
+        run_here(*options, "--adapter", tmp_path / "a/adapter")
 
 
 def test_a_qwen_like_folder_in_bfloat16_can_be_tuned_both_ways(tokenizer, chat, tmp_path):
@@ -632,7 +637,7 @@ def test_steps_follow_from_epochs_or_minutes(base, chat, tmp_path):
     learned = 48 - 2  # one of each channel is held out
     assert int(read_log(out)[-1]["step"]) == 2 * math.ceil(learned / 8)
     printed = run_here("--model", base, "--examples", chat, *SHORT[:4], "--replay", 0, "--out", out)
-    assert "each example 3 times" in printed
+    assert "each example 3 times" in printed and "--epochs 17 makes 100" in printed
 
 
 def test_two_processes_learn_what_one_learns(base, chat, tmp_path):

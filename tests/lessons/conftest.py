@@ -13,7 +13,7 @@ from . import book, index
 
 def pytest_sessionstart(session):
     if session.config.getoption("capture") == "no":
-        print(f"\n{index.LETTERS}")
+        print(f"\n{index.PREFACE}")
 
 
 def pytest_collection_modifyitems(items):
@@ -36,14 +36,15 @@ def pytest_report_teststatus(report, config):
 @pytest.hookimpl(wrapper=True, trylast=True)  # within what captures the output
 def pytest_runtest_call(item):
     """Print the question, then what the lesson prints, then what that shows."""
-    question, answer, *_ = inspect.getdoc(item.function).split("\n\n")
+    question, answer, rest = inspect.getdoc(item.function).split("\n\n")
     number = [other for other in item.session.items if other.path == item.path].index(item) + 1
     topic = item.path.stem.removeprefix("test_")
     print(f"\n\n{topic} {number}. {' '.join(question.split())}\n")
     torch.manual_seed(0)
     result = yield
     print(f"\n  = {index.claim(item.name)}")
-    print(textwrap.indent(textwrap.fill(" ".join(answer.split()), 100), "    "))
+    for text in (answer, rest.partition("Code: ")[0]):  # and what is often told instead
+        print(textwrap.indent(textwrap.fill(" ".join(text.split()), 100), "    "))
     return result
 
 

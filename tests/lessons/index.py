@@ -19,11 +19,13 @@ WORDS = (
 )
 
 
-LETTERS = """\
+PREFACE = """\
 Letters: B texts at a time, T tokens in each, C channels of a token's vector (the width of the model), H heads
 of width D, K heads of keys and values, L layers, V tokens in the vocabulary; W a matrix of weights, p a
 probability, lr the learning rate; ln is the natural logarithm, a nat its unit. The stream is the vector of
-each token on its way through the blocks; scores (logits) are what the softmax makes probabilities of."""
+each token on its way through the blocks; scores (logits) are what the softmax makes probabilities of.
+
+"Often told" is an answer that goes round, and is wrong or half of the truth."""
 
 
 def claim(name):
@@ -53,7 +55,7 @@ def write():
         "says beyond that rests on the source that it names. `pytest tests/lessons -s` prints them all as a",
         "book, `pytest tests/lessons -s -k NAME` a page of it.",
         "",
-        LETTERS,
+        PREFACE,
     ]
     for topic in TOPICS:
         title = ast.get_docstring(ast.parse((HERE / f"test_{topic}.py").read_text(encoding="utf-8")))

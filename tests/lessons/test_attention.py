@@ -15,8 +15,9 @@ from .book import largest, moved_by, table, tiny_config
 def test_scaling_by_sqrt_d_keeps_the_variance_of_scores_at_one():
     """Why are the dot products divided by the square root of the head's width?
 
-    Of independent entries with mean 0 and variance 1, q . k has variance d: a typical score grows like
-    sqrt(d). Divided by sqrt(d) the scores have variance 1, whatever the width; the softmax comes after it.
+    If the entries of q and k are independent, with mean 0 and variance 1, q . k has variance d: a typical
+    score grows like sqrt(d). Divided by sqrt(d) the scores have variance 1, whatever the width; the softmax
+    comes after it.
 
     Often told: it prevents exploding gradients. That is a part of it, as the next lesson shows.
     Code: model.py Attention.forward
@@ -41,7 +42,8 @@ def test_an_unscaled_softmax_saturates_and_most_queries_get_no_gradient():
     """What goes wrong without the scaling?
 
     Scores with a standard deviation of sqrt(d) make the softmax nearly one-hot: one weight near 1, the rest
-    near 0. Most queries then get hardly any gradient, and the few that waver between two keys get a huge one.
+    near 0. Most queries then get hardly any gradient, and the few whose two best keys score nearly the same
+    get a huge one.
 
     Often told: the gradients vanish, or: they explode. Most do the first, a few the second.
     Code: model.py Attention.forward
@@ -58,7 +60,9 @@ def test_an_unscaled_softmax_saturates_and_most_queries_get_no_gradient():
             of_q = (of_scores[..., None] * k).sum(1).norm(dim=-1) / divisor
             row += [p.amax(-1).mean(), of_q.median(), of_q.mean()]
         rows.append(row)
-    heads = "d | largest weight | gradient of q: median | mean | scaled: largest weight | median | mean"
+    heads = (
+        "d | largest weight | size of q's gradient: median | mean | scaled: largest weight | median | mean"
+    )
     table(heads, *rows)
     _, peak, median, mean, scaled_peak, scaled_median, scaled_mean = rows[-1]
     assert peak > 0.9 and median < 0.02 and mean > 0.5
@@ -110,7 +114,7 @@ def test_a_matrix_shared_by_queries_and_keys_makes_each_token_look_at_itself():
     rows = []
     for name, scores in (("shared", shared), ("apart", apart)):
         rows.append((name, largest(scores - scores.T), scores.softmax(-1).diagonal().mean(), 1 / T))
-    table("matrices | largest asymmetry | mean weight on itself | of an even spread", *rows)
+    table("matrices | largest asymmetry | mean weight on itself | if all were equal", *rows)
     assert torch.allclose(shared, shared.T, atol=1e-5) and not torch.allclose(apart, apart.T, atol=0.5)
     assert rows[0][2] > 0.8 and rows[1][2] < 0.2
 

@@ -58,7 +58,8 @@ def test_beam_search_finds_what_greedy_decoding_misses():
     """What does beam search do?
 
     It keeps the b texts of highest probability so far. Greedy decoding, which is b = 1, can take a good token
-    that leads nowhere good; with V tokens and texts of T tokens, b = V^(T-1) tries everything.
+    that leads nowhere good; with V tokens and texts of T, b = V^(T-1) keeps every beginning, and so tries
+    everything.
 
     Often told: it picks several candidates per step. What it looks for is the text of highest probability.
     Code: decoding.py draw_tokens
@@ -164,9 +165,9 @@ def test_a_repetition_penalty_must_treat_negative_scores_differently():
 def test_speculative_decoding_keeps_the_distribution_of_the_large_model():
     """What is speculative (assisted) decoding?
 
-    A small model proposes x from q; the large one accepts it with probability min(1, p(x)/q(x)), and
-    otherwise draws from what p has more than q, normalised. What comes out has exactly the distribution p;
-    the share accepted is sum min(p, q).
+    A small model, whose probabilities are q, proposes a token x. The large one, whose are p, accepts it with
+    probability min(1, p(x)/q(x)), and otherwise draws from max(0, p - q), scaled to sum to one. What comes
+    out has exactly the distribution p; the share accepted is sum min(p, q).
 
     Often told: the small model writes, so that quality suffers.
     Code: decoding.py accept

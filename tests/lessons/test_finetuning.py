@@ -82,7 +82,7 @@ def test_nf4_fits_normal_weights_better_than_even_levels():
     """What is QLoRA?
 
     LoRA on a frozen base in 4 bits: 16 levels at quantiles of the normal distribution (NF4), one scale for 64
-    weights, and weights turned back into 16 bits for each product. Quantising the scales too takes 4.5 bits
+    weights, and weights turned back into 16 bits for each product. Quantising the scales too lowers 4.5 bits
     per weight to 4.127. It saves memory, not time.
 
     Often told: QLoRA trains in 4 bits, and is faster.

@@ -104,7 +104,7 @@ def test_a_pre_norm_block_is_the_identity_while_its_sublayers_give_zero():
     kinds = {
         "pre-norm, x + F(norm(x))": lambda scale: x + layer_norm(x) @ (scale * W),
         "post-norm, norm(x + F(x))": lambda scale: layer_norm(x + x @ (scale * W)),
-        "told, x + norm(F(x))": lambda scale: x + layer_norm(x @ (scale * W)),
+        "told as pre-norm, x + norm(F(x))": lambda scale: x + layer_norm(x @ (scale * W)),
     }
     rows = []
     for name, block in kinds.items():
@@ -124,10 +124,10 @@ def test_the_gradient_of_the_last_layer_ignores_depth_in_post_norm_and_not_in_pr
 
     At the start, the last layer of a post-norm stack has a gradient of the same size at any depth L; with
     pre-norm it falls like 1/sqrt(L). For SGD the full rate is then too much for a deep post-norm stack. Adam
-    divides the size away; there the cause is disputed, and Liu et al. find that post-norm magnifies every
-    change of the weights.
+    divides by the gradient's size; there the cause is disputed, and Liu et al. find that post-norm magnifies
+    every change of the weights.
 
-    Often told: the theorem is about all layers. It is about the last.
+    Often told: it holds for all layers. The theorem is about the last one.
     Code: optimizer.py learning_rate
     Source: Xiong et al. (2020), theorem 1; Liu et al. (2020, arXiv 2004.08249)
     """

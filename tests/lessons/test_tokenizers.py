@@ -84,9 +84,9 @@ def test_a_byte_level_vocabulary_has_no_unknown_token(of_the_speech):
 def test_wordpiece_takes_the_pair_that_belongs_together_and_not_the_most_frequent():
     """How do WordPiece and BPE differ?
 
-    In which pair they merge. BPE takes the largest count(ab), WordPiece the pair that belongs together, by
-    count(ab) / (count(a) count(b)), which stands for the gain in likelihood. Its mark of continuations, ##,
-    is a notation.
+    In which pair they merge. BPE takes the largest count(ab), WordPiece the pair that occurs together more
+    often than its parts would by chance, by count(ab) / (count(a) count(b)), which stands for the gain in
+    likelihood. Its mark of continuations, ##, is only a way of writing.
 
     Often told: WordPiece splits from the top, BPE builds from the bottom. Both build (though a later trainer
     of TensorFlow Text does go from the top).
@@ -94,9 +94,8 @@ def test_wordpiece_takes_the_pair_that_belongs_together_and_not_the_most_frequen
     Source: Schuster & Nakajima (2012). Its trainer was not published; the formula is that of Hugging Face's
     course. (The trainer of their library merges by count, as BPE does.)
     """
-    words = WORDS
     pairs, letters = Counter(), Counter()
-    for word, count in words.items():
+    for word, count in WORDS.items():
         for letter in word:
             letters[letter] += count
         for pair in zip(word, word[1:]):
@@ -107,7 +106,7 @@ def test_wordpiece_takes_the_pair_that_belongs_together_and_not_the_most_frequen
 
     rows = [("".join(pair), pairs[pair], score(pair)) for pair in sorted(pairs, key=pairs.get, reverse=True)]
     table("pair | count: BPE takes the most | count(ab) / (count(a) count(b)): WordPiece", *rows)
-    assert learn_merges(words, 1, log=print) == [(b"u", b"g")] == [tuple(c.encode() for c in rows[0][0])]
+    assert learn_merges(WORDS, 1, log=print) == [(b"u", b"g")] == [tuple(c.encode() for c in rows[0][0])]
     assert max(pairs, key=score) == ("g", "s") and pairs["g", "s"] == 5
 
 
@@ -151,9 +150,8 @@ def test_unigram_drops_the_pieces_that_the_text_misses_least():
     Code: tokenizer.py learn_merges
     Source: Kudo (2018, arXiv 1804.10959), sec. 3.2
     """
-    words = WORDS
     counts = Counter()
-    for word, count in words.items():
+    for word, count in WORDS.items():
         for i in range(len(word)):
             for j in range(i + 1, len(word) + 1):
                 counts[word[i:j]] += count
@@ -168,7 +166,7 @@ def test_unigram_drops_the_pieces_that_the_text_misses_least():
         return best[-1]
 
     def loss(pieces):
-        return sum(count * nats(word, pieces) for word, count in words.items())
+        return sum(count * nats(word, pieces) for word, count in WORDS.items())
 
     whole, rows = loss(counts), []
     for piece in (piece for piece in counts if len(piece) > 1):  # single characters must stay

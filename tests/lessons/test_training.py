@@ -39,8 +39,9 @@ def test_cross_entropy_is_minus_log_probability_and_starts_at_ln_v():
 def test_the_first_steps_of_adam_ignore_the_size_of_the_gradient():
     """Why a warm-up?
 
-    Adam's first update is lr times the sign of the gradient, be it 1e-6 or 1000: its estimate of the second
-    moment rests on one sample. A small rate bounds the damage until the estimate is good.
+    Adam's first update is lr times the sign of the gradient, be it 1e-6 or 1000: its second moment, the
+    running mean of the squared gradient, rests on one sample. A small rate bounds the damage until the
+    estimate is good.
 
     Often told: it avoids over-fitting to the first batches, or lets the model see each sample a few times.
     Code: optimizer.py learning_rate
@@ -65,9 +66,10 @@ def test_the_first_steps_of_adam_ignore_the_size_of_the_gradient():
 def test_gradient_noise_falls_with_one_over_the_batch():
     """What does a larger batch buy?
 
-    The gradient's variance falls as 1/B. Below the critical batch, about the variance for one sample over the
-    squared length of the mean gradient, twice the batch needs half the steps; above it, samples are wasted.
-    It depends on the task and grows in training: large language models use 10^5 to 10^7 tokens a step.
+    The gradient's variance falls as 1/B. Below the critical batch, about the variance of one sample's
+    gradient divided by the squared length of the mean gradient, twice the batch needs half the steps; above
+    it, samples are wasted. It depends on the task and grows in training: large language models use 10^5 to
+    10^7 tokens a step.
 
     Often told: 16 to 128, as larger ones converge badly.
     Code: train.py settings
