@@ -88,12 +88,13 @@ for line in sys.stdin:
 SMALLER = {  # what stands for something else or takes long -> what is run instead
     "out/mine --examples chat.jsonl": "out/mine --examples chat.jsonl --steps 4",
     "PATH...": "text.txt",
+    "FILE...": "text.txt",
     "--minutes 30": "--steps 12 --batch-size 4",
     "--data tinystories --preset small --minutes 60": "--data mine --steps 2 --out out/small",
     "--max-new-tokens 1000": "--max-new-tokens 8",
     "--model LARGE --draft SMALL": "--model out/pystdlib --draft out/mine",
-    "--lora-rank 8": "--lora-rank 8 --model out/mine --examples chat.jsonl --steps 2 --out out/NAME",
-    "--adapter out/NAME/adapter": "--examples chat.jsonl --steps 2 --adapter out/NAME/adapter",
+    "out/pystdlib --lora-rank 8": "out/mine --lora-rank 8 --examples chat.jsonl --steps 2",
+    "--adapter out/lora/adapter": "--examples chat.jsonl --steps 2 --adapter out/lora/adapter",
     "out/pystdlib-chat --examples pairs.jsonl": "out/mine-chat --examples pairs.jsonl --steps 2",
 }
 ELSEWHERE = {  # needs a server, several processes or one to kill -> the test that has them
