@@ -2,11 +2,15 @@
 
 import csv
 import io
+import multiprocessing
 import os
+import runpy
 import signal
 import sys
+import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -63,6 +67,40 @@ def run_main(main, *argv):
         sys.argv = before
     output.flush()
     return output.buffer.getvalue().decode()
+
+
+FORKS = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+FORKS.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"])
+
+
+def run_script(script, *argv, input=""):
+    """subprocess.run of a script of ours, in a process forked from one that has imported torch already.
+
+    input: what comes through a pipe; None: nothing, and it stays open.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        process = FORKS.Process(target=in_fork, args=(script, list(map(str, argv)), input, folder))
+        process.start()
+        process.join(120)
+        printed = [Path(folder, name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]
+    assert process.exitcode is not None, f"{script} {argv} does not end: {printed}"
+    return CompletedProcess(argv, process.exitcode, *printed)
+
+
+def in_fork(script, argv, input, folder):
+    """What run_script runs there: the script, with standard streams like those of any other process."""
+    reading, writing = os.pipe()
+    os.dup2(reading, 0)
+    if input is not None:
+        os.write(writing, input.encode())
+        os.close(writing)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), number)
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(number, "rw"[number > 0], encoding="utf-8", closefd=False) for number in range(3)
+    )
+    sys.argv = [script, *argv]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 def read_log(out):

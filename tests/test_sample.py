@@ -10,10 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,15 +31,7 @@ def folder(tmp_path, model, tokenizer):
     return tmp_path / "model"
 
 
-def run(*arguments, **options):
-    options = dict(stdin=subprocess.DEVNULL) | options if "input" not in options else options
-    return subprocess.run(
-        [sys.executable, ROOT / "sample.py", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        **options,
-    )
+run = partial(run_script, "sample.py")
 
 
 def text_of(ids, tokenizer, stops=()):
@@ -387,8 +380,7 @@ def test_a_prompt_may_come_from_a_file_or_a_pipe(folder, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no select for pipes")
 def test_a_pipe_into_which_nothing_comes_does_not_hold_up_the_text(folder):
-    silent, _ = os.pipe()
-    result = run("--model", folder, *GREEDY, stdin=silent)
+    result = run("--model", folder, *GREEDY, input=None)
     assert result.returncode == 0 and result.stdout
     assert "no prompt came in 3 s" in result.stderr
 

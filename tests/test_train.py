@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, WORDS, make_run, read_log, run_main
+from conftest import ROOT, WORDS, make_run, read_log, run_main, run_script
 
 import checkpoint
 import loop
@@ -180,7 +180,7 @@ def command(*arguments, processes=1):
     return [*program, ROOT / "train.py", *map(str, (*arguments, *device))]
 
 
-def run_script(*arguments, limit=None, processes=1):
+def run_process(*arguments, limit=None, processes=1):
     return subprocess.run(
         command(*arguments, processes=processes),
         capture_output=True, text=True, encoding="utf-8", preexec_fn=limit,
@@ -231,13 +231,15 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 def reference(prepared, tmp_path_factory):
     """A short run that nobody disturbed."""
     out = tmp_path_factory.mktemp("runs") / "reference"
-    result = run_script("--data", prepared, *SHORT, "--out", out)
+    result = run_script("train.py", "--data", prepared, *SHORT, "--out", out)
     assert result.returncode == 0, result.stderr
     return out, result.stdout
 
 
 def test_a_run_learns_logs_and_leaves_a_model_that_opens(prepared, tmp_path):
-    result = run_script("--data", prepared, "--steps", 60, "--batch-size", 8, "--out", tmp_path / "out")
+    result = run_script(
+        "train.py", "--data", prepared, "--steps", 60, "--batch-size", 8, "--out", tmp_path / "out"
+    )
     assert result.returncode == 0, result.stderr
     with open(tmp_path / "out/log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -320,12 +322,12 @@ def test_a_killed_deterministic_run_on_a_gpu_goes_on_to_the_same_bits(prepared, 
         "--device",
         "cuda",
     )
-    assert run_script("--data", prepared, *options, "--out", tmp_path / "reference").returncode == 0
+    assert run_process("--data", prepared, *options, "--out", tmp_path / "reference").returncode == 0
     process = start("--data", prepared, *options, "--out", tmp_path / "out")
     wait_for(tmp_path / "out/checkpoints/step_000009", process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    result = run_script("--resume", "--out", tmp_path / "out", "--device", "cuda")
+    result = run_process("--resume", "--out", tmp_path / "out", "--device", "cuda")
     assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "out", tmp_path / "reference")
 
@@ -413,7 +415,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint_good(prepar
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 
     arguments = ["--data", prepared, "--steps", 4, "--save-every", 2, "--out", tmp_path / "out"]
-    result = run_script(*arguments, limit=limit)
+    result = run_process(*arguments, limit=limit)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert not list((tmp_path / "out/checkpoints").iterdir())
@@ -465,7 +467,7 @@ def test_a_mistake_is_named(prepared, arguments, message):
 
 
 def test_a_mistake_ends_in_one_line_and_status_2(prepared):
-    result = run_script("--data", "test-train", "--steps", "1", "--out", "/proc/nowhere")
+    result = run_script("train.py", "--data", "test-train", "--steps", "1", "--out", "/proc/nowhere")
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert "/proc/nowhere" in result.stderr
@@ -505,7 +507,7 @@ def test_two_processes_learn_what_one_learns_and_one_can_go_on(prepared, alone, 
     prepare.shutil.copytree(tmp_path / "out", tmp_path / "again")
     assert "it began on 2 x cpu, now 1 x cpu" in run_here("--resume", "--out", tmp_path / "out")
     assert_close_logs(tmp_path / "out", alone)
-    result = run_script("--resume", "--out", tmp_path / "again", processes=2)
+    result = run_process("--resume", "--out", tmp_path / "again", processes=2)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("bits per byte of held-out text") == 1
     assert_close_logs(tmp_path / "again", alone)
@@ -517,7 +519,7 @@ def test_two_processes_can_go_on_with_the_run_of_one(prepared, alone, tmp_path):
     prepare.shutil.copytree(alone, out)
     for path in (out / "checkpoints").glob("step_000020"):
         prepare.shutil.rmtree(path)
-    result = run_script("--resume", "--out", out, processes=2)
+    result = run_process("--resume", "--out", out, processes=2)
     assert result.returncode == 0, result.stderr
     assert_close_logs(out, alone)
 
