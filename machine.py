@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -76,6 +77,7 @@ def set_up(device, threads, deterministic):
     return sdpa_kernel(kernels, set_priority=True)
 
 
+@cache  # so that all shares are of one number
 def gemm_rate(device, dtype):
     """FLOPs a second of a large matrix product: the most that this device gives, which MFU is a share of."""
     n, rates = {"cuda": 8192, "mps": 2048}.get(device, 1024), []
