@@ -106,13 +106,18 @@ def read_state(folder):
 
 
 def find_run(out, stage):
-    """(folder, state) of the run in `out`, or of the newest run of that stage under out/."""
+    """(folder, state) of the run in `out`, or of the newest (unfinished, if any is) of that stage in out/."""
     found = [out] if out else sorted(OUT.glob("*"), key=lambda run: run.stat().st_mtime, reverse=True)
+    finished = None
     for run in found:
         for newest in all_checkpoints(run)[-1:]:
             state = read_state(newest)
             if state.get("stage") == stage:
-                return run, state
+                if state["step"] < state["run"]["steps"]:
+                    return run, state
+                finished = finished or (run, state)
+    if finished:
+        return finished
     where = os.path.relpath(out) if out else "out"
     raise ValueError(f"there is nothing to resume in {where}/: no checkpoints of {stage}")
 

@@ -82,8 +82,10 @@ def run_script(script, *argv, input=""):
         process = FORKS.Process(target=in_fork, args=(script, list(map(str, argv)), input, folder))
         process.start()
         process.join(120)
+        ended = process.exitcode is not None
+        process.kill()  # nothing, if it has ended
         printed = [Path(folder, name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]
-    assert process.exitcode is not None, f"{script} {argv} does not end: {printed}"
+    assert ended, f"{script} {argv} does not end: {printed}"
     return CompletedProcess(argv, process.exitcode, *printed)
 
 

@@ -363,7 +363,10 @@ def test_without_a_name_the_newest_unfinished_run_is_found(reference, tmp_path, 
         prepare.shutil.copytree(reference[0], tmp_path / name)
         os.utime(tmp_path / name, (i, i))
     (tmp_path / "newest-but-empty").mkdir()
-    assert checkpoint.find_run(None, "pretraining")[0] == tmp_path / "new"
+    assert checkpoint.find_run(None, "pretraining")[0] == tmp_path / "new", "all are finished"
+    prepare.shutil.rmtree(checkpoint.all_checkpoints(tmp_path / "old")[-1])
+    os.utime(tmp_path / "old", (0, 0))
+    assert checkpoint.find_run(None, "pretraining")[0] == tmp_path / "old"
     with pytest.raises(ValueError, match="no checkpoints of finetuning"):
         checkpoint.find_run(None, "finetuning")
 
