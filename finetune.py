@@ -1,193 +1,334 @@
-"""Stage 5: fine-tuning. A base model goes on with a text; here it learns to answer, then to prefer.
+"""Stage 5: fine-tuning. A base model continues text; here it learns to answer, then to prefer.
 
     <|im_start|>user\\nList the arguments of: def f(a, b):<|im_end|>\\n<|im_start|>assistant\\na, b<|im_end|>
                                                                                         ^^^^^^^^^^^^^^
-The loss is that of pretraining, but only of what the assistant says. To prefer one answer to another is the
-part of preference.py, a thin update instead of all weights that of lora.py, and scoring.py counts what was
-learned.
+The loss is that of pretraining, but only over what the assistant says (marked). The loop stands in `tune`.
+On a first reading, skip "LoRA" and "preferences": they replace what learns, and what it learns from.
 
     python finetune.py                          teach the newest base model small tasks, and measure it
     python finetune.py --model DIR --examples chat.jsonl --lora-rank 8
     python finetune.py --model DIR --examples pairs.jsonl --method dpo
-    python finetune.py --resume                 go on exactly where the newest run stopped
+    python finetune.py --resume                 continue the newest run exactly where it stopped
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import sys
-from dataclasses import dataclass, replace
-from functools import partial
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
 
-import checkpoint
-import machine
 from data import tasks
-from data.examples import identity, n_replayed, read_material
-from data.loader import Blocks
+from data.examples import Examples, hold_out, read_examples
+from data.loader import IGNORED, Blocks, Data, read_ahead
 from data.prepare import DATA
-from loop import (
-    REPLAYED,
-    Run,
-    Stage,
+from model import Transformer, replace_files, save_safetensors
+from sample import OUT, end_ids, generate, positive_float, positive_int
+from tokenizer import Tokenizer, render, with_chat_tokens
+from train import (
+    EVAL_TOKENS,
+    SAVE_SECONDS,
+    STATE,
+    Log,
+    NextTokenLoss,
+    Pace,
+    Settings,
+    add_common_arguments,
+    add_sample,
+    autocast,
+    below_one,
     bits_per_byte,
-    fresh_state,
-    means,
-    measure_step,
-    next_token_loss,
-    sum_losses,
-    train,
+    catch_signals,
+    check_finite,
+    choose_dtype,
+    find_run,
+    fit_micro_batch,
+    from_first_process,
+    learning_rate,
+    lock,
+    make_folder,
+    open_data,
+    parallel,
+    rank_and_world,
+    read_state,
+    refuse_changes,
+    refuse_with_resume,
+    restore,
+    run,
+    save_state,
+    schedule_settings,
+    set_dropout,
+    show,
+    start,
+    sum_over_processes,
+    training_step,
 )
-from lora import add_lora, base_of, load_adapter, merge, num_lora_params, put_adapter, save_adapter
-from machine import over_processes, processes
-from model import Transformer, config_from_json, load_safetensors
-from preference import MEASURES, cache_references, dpo_loss
-from sample import OUT, end_ids, render
-from scoring import answer, report, yardsticks
-from tokenizer import Tokenizer
-from train import EVAL_TOKENS, check_arguments, in_common, say
 
-MINUTES, EPOCHS = 3, 3  # whichever ends first, unless one is asked for
+EPOCHS = 3  # or 3 minutes, whichever ends first, unless one of them is asked for
 N_EVALS = 6  # in a run
-REPLAY = 0.3  # a tenth left more than twice as much forgotten
-LORA_LR, DPO_LR = 3, 0.1  # times the rate of full, supervised fine-tuning
+N_SHOWN = 5  # answers of each channel in the report
+REPLAY = 0.3  # with 0.1, the model forgot more than twice as much
+REPLAYED = "(replay)"  # the channel of replayed text
 
 
 @dataclass
-class Tuning(Run):
-    """What decides a run, besides the model and the examples."""
+class TuneSettings(Settings):
+    """Everything that decides the numbers of a run, besides the model, the examples and the hardware."""
 
     method: str = "sft"
     lora_rank: int = 0  # 0: all weights learn
     lora_alpha: float = 0.0
-    beta: float = 0.0
+    beta: float = 0.1
     likelihood: float = 0.0
-    replay: float = 0.0
+    n_replay: int = 0  # rows of a batch, over all processes, that are the base model's own text
 
 
-# --- the model ---
+@dataclass
+class Material:
+    """What a run reads."""
+
+    base: Path  # the folder of the model that it starts from
+    tokenizer: Tokenizer
+    train: Examples
+    dev: Examples | None
+    test: list  # of Example
+    data: Data | None  # what the base model was trained on
 
 
-def add_rows(model, n_known, n):
-    """Make room for n tokens in a model that knows n_known: the new ones start at the mean of the others."""
-    size, dice = max(model.config.vocab_size, -(-n // 64) * 64), torch.Generator().manual_seed(0)
-    for part in filter(None, (model.model.embed_tokens, model.lm_head)):
-        known = part.weight.detach()[:n_known].float().cpu()
-        noise = torch.randn(size - n_known, known.size(1), generator=dice)  # or no two could be told apart
-        rows = torch.cat((known, known.mean(0) + 0.01 * known.std(0) * noise))
-        part.weight = torch.nn.Parameter(rows.to(part.weight))
-    model.config = replace(model.config, vocab_size=size)
+# --- LoRA: learn a thin update of each matrix instead of the matrix (Hu et al., 2021) ---
+#
+#     W x  ->  W x + (alpha / r) B (A x)        W (out, in) is frozen; A (r, in) and B (out, r) learn
+#
+# B starts at zero, so the first step is the base model's. In the end W + (alpha / r) B A is a matrix like any
+# other: the merged model is as fast and as plain as its base.
+
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def open_base(run, material, device):
-    """The model that a run starts from, as the run wants it."""
-    dtype = None if run.lora_rank else torch.float32  # what is frozen may stay as small as it is
-    model = Transformer.load(material.base, device, dtype)
-    n_known = Tokenizer.load(material.base / "tokenizer.json").vocab_size
-    if material.tokenizer.vocab_size > n_known:
-        add_rows(model, n_known, material.tokenizer.vocab_size)
-    if run.lora_rank:
-        add_lora(model, run.lora_rank, run.lora_alpha)
-    if material.adapter:
-        put_adapter(model, material.adapter)
-    return model.train()
+class LoRALinear(nn.Linear):
+    """A linear layer whose weight is frozen, plus its update of rank r."""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
+        device = linear.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+        bound = 1 / math.sqrt(linear.in_features)
+        nn.init.uniform_(self.lora_A, -bound, bound)
+
+    def forward(self, x):
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        return super().forward(x) + self.scale * F.linear(F.linear(x, A), B)
 
 
-# --- the stage ---
+def add_lora(model, rank, alpha):
+    """Freeze a model and give every matrix of its blocks an update. ValueError: the rank does not suit it."""
+    if not 1 <= rank <= model.config.n_embd:
+        raise ValueError(f"--lora-rank {rank} must be from 1 to the model's width, {model.config.n_embd}")
+    model.requires_grad_(False)
+    for block in model.model.layers:
+        for part in (block.self_attn, block.mlp):
+            for name, child in list(part.named_children()):
+                if name in MATRICES:
+                    setattr(part, name, LoRALinear(child, rank, alpha))
+    return model
 
 
-def base_bpb(model, data, n_tokens=None):
-    """Bits per byte of what the base model was trained on: what it rises by was forgotten."""
-    n_blocks = n_tokens and max(1, n_tokens // model.config.block_size)
-    return bits_per_byte(model, data.val, data.tokenizer.bytes_per_token, n_blocks)[0]
+def merge(weights, scale):
+    """The weights of a model with LoRA (a state_dict) -> those of a plain model. scale: alpha / r."""
+    merged = {name: weight for name, weight in weights.items() if ".lora_" not in name}
+    for name in weights:
+        if name.endswith(".lora_A"):
+            A, B = weights[name].float(), weights[name.replace("lora_A", "lora_B")].float()
+            place = name.replace("lora_A", "weight")
+            merged[place] = (merged[place].float() + scale * B @ A).to(merged[place].dtype)
+    return merged
 
 
-def write_model(folder, weights, model, run, material):
-    """Write the files of a model: with LoRA the merged one, and the update in a folder of its own."""
-    if run.lora_rank:
-        base = os.path.relpath(material.base)
-        save_adapter(folder / "adapter", weights, run.lora_rank, run.lora_alpha, base)
-        weights = merge(weights, run.lora_alpha / run.lora_rank)
-    tokenizer = material.tokenizer
-    im_end = tokenizer.special_tokens["<|im_end|>"]
-    ends = [*sorted(end_ids(material.base, tokenizer) - {im_end}), im_end]
-    model.save(folder, tokenizer, weights, ends)
+def save_adapter(folder, weights, rank, alpha, base):
+    """Write the adapter alone, in PEFT's format. base: the folder of the model that it belongs to."""
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(MATRICES),
+        "modules_to_save": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    adapter = {f"base_model.model.{name}.weight": p for name, p in weights.items() if ".lora_" in name}
+    with replace_files(folder) as unfinished:
+        (unfinished / "adapter_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        save_safetensors(unfinished / "adapter_model.safetensors", adapter)
 
 
-def read_weights(folder, run):
-    """What write_model wrote and a run goes on with."""
-    if run.lora_rank:
-        return load_adapter(folder / "adapter")[0]
-    return load_safetensors(folder / "model.safetensors")
+# --- preferences: direct preference optimisation (Rafailov et al., 2023) ---
+#
+#     loss = -log sigmoid(beta (log p(chosen) / p0(chosen) - log p(rejected) / p0(rejected)))
+#
+# p is the model that learns, p0 the one that it started as. No reward is modelled and nothing is sampled: the
+# odds of the chosen answer against the rejected one are raised, and beta is the price of leaving p0.
+
+MEASURES = ("loss", "margin", "accuracy", "log_p_chosen", "log_p_rejected")  # of a pair
 
 
-def begin(run, material, device):
-    """Fine-tuning from its first step, as a Stage."""
-    torch.manual_seed(run.seed)
-    examples, dev, data, tokenizer = material.train, material.dev, material.data, material.tokenizer
-    model = machine.distribute(open_base(run, material, device), run, device)
-    learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=run.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    optimizer.param_groups[0]["initial_lr"] = run.lr
-    measures, loss_of, channels = ("loss",), next_token_loss, examples.channels
-    if run.method == "dpo":
-        measures, loss_of = MEASURES, partial(dpo_loss, beta=run.beta, likelihood=run.likelihood)
-    n_replay = n_replayed(run)
-    if n_replay:
-        blocks, channels = Blocks(data.train, run.block_size, run.seed), [*channels, REPLAYED]
-
-    def read_batch(step):
-        batch = examples.batch(step, *processes())
-        if not n_replay:
-            return batch
-        T = batch[0].size(1)  # of the blocks, as much as the examples are long
-        ids, targets, _, _ = blocks.batch(step * n_replay, n_replay, *processes())
-        counts, channel = torch.full([len(ids)], T), torch.full([len(ids)], len(channels) - 1)
-        return tuple(map(torch.cat, zip(batch, (ids[:, :T], targets[:, :T], counts, channel))))
-
-    def evaluate(step):
-        score, values = -step, {"val_bpb": None}  # without examples to judge by, the newest model is the best
-        with machine.precision(device, run.dtype):
-            if data:
-                values["val_bpb"] = base_bpb(model, data, EVAL_TOKENS if step < run.steps else None)
-            if dev:
-                batches = (dev.tensors(indices, *processes()) for indices in dev.by_length())
-                sums = sum_losses(model, loss_of, batches, len(dev.channels))
-                values |= means(measures, dev.channels, sums, "val")
-                score = values["val_loss"]
-        return score, values
-
-    columns = [f"val_{name}" for name in measures] if dev else []
-    columns += [f"val_loss {name}" for name in dev.channels] if dev else []
-    return Stage(
-        model=model,
-        optimizers=[optimizer],
-        tokenizer=tokenizer,
-        read_batch=read_batch,
-        evaluate=evaluate,
-        write=partial(write_model, model=model, run=run, material=material),
-        read=partial(read_weights, run=run),
-        prompt=render(tokenizer, (material.test or examples.examples)[0].question, answer=True)[0],
-        loss_of=loss_of,
-        measures=measures,
-        channels=channels,
-        columns=columns,
-    )
+def log_probs(model, ids, targets):
+    """ids, targets (B, T) -> the sum of log p over each row's targets, (B,)."""
+    rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
+    logits = model.head(model.hidden(ids)[rows, columns]).float()  # only where there is a target
+    log_p = logits.log_softmax(-1).gather(1, targets[rows, columns, None])[:, 0]
+    return log_p.new_zeros(len(ids)).index_add(0, rows, log_p)
 
 
-def judge(stage, material):
-    """What is compared before and after: answers to the test, bits per byte of the base model's own text."""
-    tokenizer, test = stage.tokenizer, material.test
-    longest = max((len(tokenizer.encode(example.answer)) for example in test), default=0) + 8
-    said = answer(stage.model, tokenizer, [example.question for example in test], longest)
-    return {"answers": said, "bpb": base_bpb(stage.model, material.data) if material.data else None}
+class PreferenceLoss(nn.Module):
+    """DPO's loss (eq. 7) as a module, see NextTokenLoss.
+
+    likelihood: the weight of the chosen answer's own loss per token, without which both answers may become
+    unlikely (Pang et al., 2024).
+    """
+
+    def __init__(self, model, beta, likelihood=0.0):
+        super().__init__()
+        self.model, self.beta, self.likelihood = model, beta, likelihood
+
+    def forward(self, ids, targets, references):
+        """ids, targets (n, 2, T): chosen, rejected; references (n, 2): their log p under p0.
+
+        Returns the summed loss and, without a gradient, MEASURES of each pair (n, 5).
+        """
+        log_p = log_probs(self.model, ids.flatten(0, 1), targets.flatten(0, 1)).view(-1, 2)
+        chosen, rejected = (log_p - references).unbind(1)
+        margin = self.beta * (chosen - rejected)
+        n_tokens = (targets[:, 0] != IGNORED).sum(1)
+        loss = -F.logsigmoid(margin) - self.likelihood * log_p[:, 0] / n_tokens.clamp(min=1)
+        rows = torch.stack((loss, margin, (margin > 0).float(), log_p[:, 0], log_p[:, 1]), 1)
+        rows = (
+            rows * (n_tokens > 0)[:, None]
+        )  # a row without targets, which only fills up, counts for nothing
+        return rows[:, 0].sum(), rows.detach()
 
 
-# --- the run ---
+@torch.no_grad()
+def set_references(model, examples, settings):
+    """Store log p of all answers under the model as it is, instead of keeping a second model in memory."""
+    rank, world = rank_and_world()
+    found = torch.zeros_like(examples.references)
+    for indices in examples.by_length(settings.micro_batch * world):
+        ids, targets, _, _ = examples.tensors(indices, rank, world)
+        ids, targets = (tensor.flatten(0, 1).to(settings.device) for tensor in (ids, targets))
+        with autocast(settings):  # as in training, or the loss would not start at ln 2
+            log_p = log_probs(model, ids, targets).view(-1, 2)
+        mine = indices[rank::world]
+        found[mine] = log_p[: len(mine)].float().cpu()
+    examples.references = sum_over_processes(found).float()
+
+
+# --- exact match: answer freely, and compare by the character ---
+#
+# The loss uses teacher forcing, so it flatters: each token is predicted behind the right ones. Here the model
+# reads its own answer, takes the likeliest token each time, and one wrong character makes an answer wrong.
+
+
+def answer(model, tokenizer, questions, max_new_tokens, batch_size=64):
+    """The likeliest answers to conversations, as a list of str."""
+    prompts = [render(tokenizer, question, add_generation_prompt=True)[0] for question in questions]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    stop_ids, answers = set(tokenizer.special_tokens.values()), {}
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        steps = generate(
+            model,
+            [prompts[i] for i in batch],
+            max_new_tokens,
+            stop_ids=stop_ids,
+            temperature=0,
+            vocab_size=tokenizer.vocab_size,
+        )
+        for row, i in zip(zip(*steps), batch):
+            answers[i] = tokenizer.decode([new for new in row if new is not None])
+    return [answers.get(i, "") for i in range(len(questions))]  # a batch that ends at once yields no step
+
+
+def is_right(example, text):
+    """Whether a text is the example's answer, but for the space around it."""
+    return text.strip() == example.answer.strip()
+
+
+def exact_match(examples, answers):
+    """{channel: share of the answers that are right}."""
+    right = defaultdict(list)
+    for example, text in zip(examples, answers):
+        right[example.channel].append(is_right(example, text))
+    return {channel: sum(found) / len(found) for channel, found in sorted(right.items())}
+
+
+def macro(shares):
+    """The mean of exact_match over channels, without those of long questions ("args, many"), or None."""
+    counted = [share for channel, share in shares.items() if not channel.endswith(tasks.MANY)]
+    return sum(counted) / len(counted) if counted else None
+
+
+def yardsticks(examples, test):
+    """What needs no model, {name: exact_match}: the most frequent answer of a channel; a simple rule."""
+    seen = defaultdict(Counter)
+    for example in examples:
+        seen[example.channel][example.answer] += 1
+    frequent = [max(seen[e.channel] or [""], key=seen[e.channel].get) for e in test]
+    ruled, answers = [], []
+    for example in test:
+        if text := tasks.answer_by_rule(example.question[-1]["content"]):
+            ruled.append(example)
+            answers.append(text)
+    return {"most_frequent": exact_match(test, frequent), "rule": exact_match(ruled, answers)}
+
+
+def report(material, answers, bpb, out):
+    """Print the share of right answers by channel, and examples; write the figures to results.json.
+
+    answers: {"base": ..., "tuned": ...}, lists of str; bpb: {"before": ..., "after": ...} or Nones.
+    """
+    test = material.test
+    shares = {name: exact_match(test, texts) for name, texts in answers.items()}
+    shares.update(yardsticks(material.train.examples, test))
+    counts = Counter(example.channel for example in test)
+    figures = {}
+    for channel in sorted(counts):
+        figures[channel] = {name: shares[name][channel] for name in shares if channel in shares[name]}
+        figures[channel]["n"] = counts[channel]
+    if test:
+        heads = "".join(f"{name.replace('_', ' '):>15}" for name in shares)
+        print(f"\n{'exact match':16}{'questions':>10}{heads}")
+    for channel, row in figures.items():
+        cells = [f"{row[name]:15.3f}" if name in row else " " * 15 for name in shares]
+        print(f"{channel:16}{row['n']:10,}" + "".join(cells))
+    macros = {name: macro(shares[name]) for name in answers}
+    if len(figures) > 1 and None not in macros.values():
+        print(f"{'macro':26}" + "".join(f"{value:15.3f}" for value in macros.values()))
+    for channel in figures:
+        for i in [i for i, example in enumerate(test) if example.channel == channel][:N_SHOWN]:
+            print(f"\n  {test[i].question[-1]['content']}")
+            for name, texts in answers.items():
+                verdict = "right" if is_right(test[i], texts[i]) else "wrong"
+                print(f"    {name:6} {verdict}  {texts[i][:90]!r}")
+    questions = {example.channel: example.question[-1]["content"] for example in reversed(test)}
+    results = {"exact_match": figures, "macro": macros["tuned"], "bpb": bpb, "questions": questions}
+    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+# --- the base model and the material ---
 
 
 def newest_base():
@@ -199,232 +340,512 @@ def newest_base():
     raise ValueError("there is no base model under out/ yet: run `python train.py`, or name one with --model")
 
 
-def config_of(base):
-    """The Config of a model folder."""
-    if not (base / "config.json").exists():
-        raise ValueError(f"{base} is no model folder: it has no config.json")
-    return config_from_json(json.loads((base / "config.json").read_bytes()))
-
-
 def data_of(base):
-    """The name of the data that a model was trained on; None: it does not say, or that is not there."""
-    for folder in checkpoint.all_checkpoints(base)[-1:]:
-        name = checkpoint.read_state(folder).get("data")
-        return name if name and (DATA / name / "meta.json").exists() else None
+    """The name of the data that a model was trained on; None: it does not say, or the data is not there."""
+    if not (base / STATE).exists():
+        return None
+    name = read_state(base, mmap=True).get("data")
+    return name if name and (DATA / name / "meta.json").exists() else None
 
 
-def settings(args, config, device):
-    """(Tuning, reason of the dtype): what follows from the arguments, the model and the device alone."""
-    rank, alpha = args.lora_rank or 0, args.lora_alpha
-    if (args.block_size or 1) > config.block_size:
-        raise ValueError(f"--block-size {args.block_size} is above the model's, {config.block_size}")
-    if (args.batch_size or 32) < processes()[1]:
-        raise ValueError(f"--batch-size {args.batch_size} is less than an example for each process")
-    if args.adapter:
-        _, rank, alpha = load_adapter(args.adapter)
-    dtype, reason = (args.dtype, "as asked") if args.dtype else machine.default_dtype(device)
-    # 2e-3 suits 192 channels, 2e-5, as is usual, 4,096: between them a straight line in logarithms
-    lr = 2e-3 * (192 / config.n_embd) ** 1.5 * (LORA_LR if rank else 1)
-    lr *= DPO_LR if args.method == "dpo" else 1
-    run = Tuning(
-        **in_common(args, device),
-        block_size=min(args.block_size or 1024, config.block_size),
-        batch_size=args.batch_size or 32,
-        lr=args.lr or float(f"{lr:.1e}"),
-        dtype=dtype,
-        method=args.method,
-        lora_rank=rank,
-        lora_alpha=alpha or 2.0 * rank,
-        beta=args.beta,
-        likelihood=args.likelihood,
-        replay=args.replay if args.method == "sft" else 0.0,
-    )
-    return run, reason
+def add_rows(model, n_known, n):
+    """Make room for n tokens in a model that knows n_known: new ones start at the mean of the others."""
+    size, rng = max(model.config.vocab_size, -(-n // 64) * 64), torch.Generator().manual_seed(0)
+    for part in filter(None, (model.model.embed_tokens, model.lm_head)):
+        known = part.weight.detach()[:n_known].float().cpu()
+        noise = torch.randn(size - n_known, known.size(1), generator=rng)  # or all would stay the same
+        rows = torch.cat((known, known.mean(0) + 0.01 * known.std(0) * noise))
+        part.weight = nn.Parameter(rows.to(part.weight))
+    model.config = replace(model.config, vocab_size=size)
 
 
-def plan(args, run, reason, material, device):
-    """Derive what the arguments leave open, and print it with the reasons."""
-    config, examples, data = config_of(material.base), material.train, material.data
-    n, rank = config.num_params(), run.lora_rank or 8
-    n_lora = num_lora_params(config, rank)
-    how = f"{n_lora:,} parameters beside its {n:,}" if run.lora_rank else f"all {n:,} parameters"
-    say("model", f"{os.path.relpath(material.base)}: {how} learn")
-    say("device", f"{device} with {run.threads} threads, {run.dtype} for matrix products: {reason}")
-    longest = replace(run, block_size=max(examples.lengths) * len(examples.rows[0]))  # a pair has two rows
-    learning = n_lora if run.lora_rank else n
-    run.micro_batch = longest.micro_batch = machine.fit_micro_batch(config, longest, device, learning)
-    full, thin = (sum(machine.training_memory(config, longest, k).values()) / 1e6 for k in (n, n_lora))
-    say("memory", f"about {full:,.0f} MB if all weights learn, {thin:,.0f} MB with LoRA of rank {rank}")
-    if run.method == "sft":
-        share, known = (
-            n_replayed(run) / run.batch_size,
-            data.name if data else "nothing: its text is unknown (--data)",
-        )
-        say("replay", f"{share:.0%} of the rows of a batch are from {known}, against forgetting")
-    by_time = not (args.steps or args.epochs)
-    seconds = 60 * (args.minutes or MINUTES) if by_time else 0
-    in_epochs = round((args.epochs or EPOCHS) * examples.per_epoch)
-    per_token = measure_step(partial(begin, run, material, device), run, device, 0.03 * seconds, in_epochs)
-    per_step = per_token * examples.mean_tokens() * run.batch_size / examples.batch_size
-    evaluated = N_EVALS * (EVAL_TOKENS if data else 0) + (len(data.val) if data else 0)
-    evaluated += N_EVALS * material.dev.mean_tokens() * material.dev.per_epoch if material.dev else 0
-    in_time = int((seconds - min(seconds / 2, evaluated * per_token / 3)) / per_step)
-    if run.steps is None:
-        run.steps = max(1, in_time if args.minutes else min(in_time, in_epochs) if by_time else in_epochs)
-    epochs, length = run.steps / examples.per_epoch, f"{run.steps * per_step:,.0f} s"
-    say("steps", f"{run.steps:,} of {1000 * per_step:,.0f} ms, {length}: each example {epochs:.2g} times")
-    if run.steps < 50 and not args.steps:
-        say("", f"these are few and teach little: --epochs {math.ceil(100 / examples.per_epoch)} makes 100")
-    run.warmup = max(1, min(50, run.steps // 10))
-    run.eval_every = run.eval_every or math.ceil(run.steps / N_EVALS)
-    run.save_every = run.save_every or run.eval_every
-    run.log_every = max(1, run.eval_every // 10)
-    say("rate", f"AdamW {run.lr:g}: {run.warmup} steps up, the last 60 % down to zero")
+def open_base(base, device, lora):
+    """The model in a folder, with rows for the tokens of a chat, ready to learn."""
+    if not (base / "config.json").exists():
+        raise ValueError(f"{base} is not a model folder: it has no config.json")
+    dtype = None if lora else torch.float32  # frozen weights keep their dtype
+    model = Transformer.load(base, device, dtype)
+    known = Tokenizer.load(base / "tokenizer.json")
+    tokenizer = with_chat_tokens(known)
+    if tokenizer.vocab_size > known.vocab_size:
+        add_rows(model, known.vocab_size, tokenizer.vocab_size)
+    return model.train()
+
+
+def read_material(settings, sources):
+    """Open all that a run reads, and print what is there. sources: of "base", "examples", "test", "data"."""
+    base = Path(sources["base"])
+    known = Tokenizer.load(base / "tokenizer.json")
+    tokenizer = with_chat_tokens(known)
+    if tokenizer is not known:
+        print(f"{base} has no tokens for the layout of a chat: they are added, at the mean of the others")
+    data = open_data(sources["data"]) if sources["data"] else None
+    if data and data.tokenizer.fingerprint != known.fingerprint:
+        print(f"{data.name} was prepared with another tokenizer: it is of no use to {base}")
+        data = None
+    if data is None:
+        settings.n_replay = 0
+    if sources["examples"]:
+        train, dev = hold_out(read_examples(sources["examples"], pairs=settings.method == "dpo"))
+        test = read_examples(sources["test"]) if sources["test"] else []
+    else:
+        train, dev, test = (read_examples(tasks.FOLDER / f"{split}.jsonl") for split in tasks.SIZES)
+    shape = (settings.block_size, settings.batch_size - settings.n_replay, settings.seed)
+    train = Examples(train, tokenizer, *shape)
+    try:
+        dev = Examples(dev, tokenizer, *shape) if dev else None
+    except ValueError:  # all of them are too long
+        dev = None
+    show("examples", train)
+    show("held out", dev or "none: too few of each channel, or too long")
+    return Material(base, tokenizer, train, dev, test, data)
+
+
+def identity_of(material, sources):
+    """What must be unchanged when a run is resumed: the text, the tokenizer and every file that it reads."""
+    files = [Path(sources[name]) for name in ("examples", "test") if sources[name]]
+    if not sources["examples"]:
+        files = sorted(tasks.FOLDER.glob("*.jsonl"))
+    files += sorted(material.base.glob("*.safetensors"))
+    identity = {"tokenizer": material.tokenizer.fingerprint, "text of the base model": None}
+    if material.data:
+        identity["text of the base model"] = material.data.fingerprint
+    for path in files:
+        digest = hashlib.blake2b(digest_size=16)
+        with open(path, "rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+        identity[str(path)] = digest.hexdigest()
+    return identity
+
+
+# --- settings and command line ---
 
 
 def parse_arguments():
-    """The command line, checked."""
-    parser = argparse.ArgumentParser(description="Teach a model to answer, or to prefer.")
-    add = parser.add_argument_group("what to learn").add_argument
-    add("--model", metavar="DIR", help="the model to start from (the newest base model under out/)")
-    add("--examples", metavar="FILE", help=".jsonl of messages, or of prompt and completion (small tasks)")
-    add("--test", metavar="FILE", help=".jsonl of questions with one right answer, to be counted at the end")
-    add("--method", choices=("sft", "dpo"), default="sft", help="dpo: prefer `chosen` to `rejected` (sft)")
-    add("--out", metavar="DIR", help="where the result goes (out/NAME-chat or out/NAME-dpo)")
-    add("--data", metavar="NAME", help="folder under data/ that the model was trained on (as it says itself)")
-    add("--seed", type=int, help="equal seeds draw equal orders (0)")
-    add("--resume", action="store_true", help="go on with the newest run, or with the one in --out")
-    add("--dry-run", action="store_true", help="show an example, and what of it is learned, and stop")
-    add = parser.add_argument_group("how long").add_argument
-    add("--minutes", type=float, help=f"what steps and evaluations may take ({MINUTES}, or {EPOCHS} epochs)")
-    add("--epochs", type=float, help="how often each example is seen, instead")
-    add("--steps", type=int, help="a fixed number of steps, instead")
-    add("--eval-every", type=int, metavar="STEPS", help="steps between evaluations (a sixth of all)")
-    add("--save-every", type=int, metavar="STEPS", help="steps between checkpoints (as evaluations)")
-    add = parser.add_argument_group("how").add_argument
-    add("--lora-rank", type=int, metavar="R", help="train an update of rank R instead of all weights")
-    add("--lora-alpha", type=float, help="the update is multiplied by alpha / R (2 R)")
-    add("--adapter", metavar="DIR", help="such an update of --model, to go on with")
-    add(
-        "--replay",
-        type=float,
-        default=REPLAY,
-        help=f"share of a batch's rows that are the model's own text ({REPLAY})",
-    )
-    add("--beta", type=float, default=0.1, help="dpo: what it costs to leave the model at the start (0.1)")
-    add("--likelihood", type=float, default=0.0, help="dpo: weight of the chosen answer's own loss (0)")
-    add("--batch-size", type=int, metavar="EXAMPLES", help="examples per step, over all processes (32)")
-    add("--block-size", type=int, metavar="TOKENS", help="what is longer is cut (the model's, 1024 at most)")
-    add("--lr", type=float, help="learning rate of AdamW (by the model's width)")
-    add("--dtype", choices=("float32", "bfloat16"), help="in which matrices are multiplied")
-    add("--deterministic", action="store_true", help="exact on a GPU too")
-    add("--device", help="cpu, cuda or mps (the fastest that there is)")
+    parser = argparse.ArgumentParser(description="Teach a model to answer.", exit_on_error=False)
+    what = parser.add_argument_group("what to learn")
+    what.add_argument("--model", metavar="DIR", help="where to start (the newest base model under out/)")
+    what.add_argument("--examples", metavar="FILE", help=".jsonl of conversations (small tasks)")
+    what.add_argument("--test", metavar="FILE", help=".jsonl of questions with one right answer, to count")
+    what.add_argument("--method", choices=("sft", "dpo"), default="sft", help="dpo: learn from preferences")
+    what.add_argument("--data", metavar="NAME", help="what the model was trained on (as it says itself)")
+    what.add_argument("--dry-run", action="store_true", help="show an example as it is learned, and stop")
+    limit = add_common_arguments(parser)
+    limit.add_argument("--epochs", type=positive_float, help=f"how often each example is seen ({EPOCHS})")
+    how = parser.add_argument_group("how")
+    how.add_argument("--block-size", type=positive_int, metavar="TOKENS", help="longer examples are cut")
+    how.add_argument("--replay", type=below_one, help=f"share of a batch that is the model's text ({REPLAY})")
+    how.add_argument("--lora-rank", type=positive_int, metavar="R", help="learn an update of rank R only")
+    how.add_argument("--lora-alpha", type=positive_float, help="the update is scaled by alpha / R (2 R)")
+    how.add_argument("--beta", type=positive_float, help="dpo: the price of leaving the base model (0.1)")
+    how.add_argument("--likelihood", type=float, help="dpo: weight of the chosen answer's own loss (0)")
+    how.add_argument("--lr", type=positive_float, help="learning rate of AdamW (by the model's width)")
     args = parser.parse_args()
-    positive = ("minutes", "epochs", "steps", "eval_every", "save_every", "lora_rank", "lora_alpha", "beta")
-    positive += ("batch_size", "block_size", "lr")
-    limits = {"seed": 2**32, "replay": 1, "likelihood": math.inf}
-    check_arguments(args, parser, positive, limits, {"out", "device"})
-    if sum(value is not None for value in (args.minutes, args.epochs, args.steps)) > 1:
-        raise ValueError("--minutes, --epochs and --steps exclude each other")
-    if args.method == "dpo" and not args.examples:
+    refuse_with_resume(args, parser, allowed=("out", "device"))
+    if args.method == "dpo" and not (args.examples or args.resume):
         raise ValueError("--method dpo needs --examples with `prompt`, `chosen` and `rejected`")
     if args.test and not args.examples:
         raise ValueError("--test goes with --examples: the small tasks have a test of their own")
-    if args.adapter and args.lora_rank:
-        raise ValueError("--adapter brings its own rank: leave --lora-rank out")
     if args.lora_alpha and not args.lora_rank:
         raise ValueError("--lora-alpha goes with --lora-rank")
     for name in ("replay",) if args.method == "dpo" else ("beta", "likelihood"):
-        if getattr(args, name) != parser.get_default(name):
+        if getattr(args, name) is not None:
             raise ValueError(f"--{name} is of no use with --method {args.method}")
     return args
 
 
-def new_state(args, run, reason, material, sources, device, out):
-    """Plan a run and make room for it. Returns its state before the first step, and what is measured then."""
-    for name in ("base", "adapter", "examples", "test"):
-        if sources[name] and out in (Path(sources[name]), *Path(sources[name]).parents):
-            raise ValueError(f"{out} holds what is read, {sources[name]}: choose another --out")
-    plan(args, run, reason, material, device)
-    if processes()[0] == 0:
-        checkpoint.make_room(out)
-    stage = begin(run, material, device)
-    if run.method == "dpo":
-        for part in filter(None, (material.train, material.dev)):
-            cache_references(stage.model, part, run)
-    references = [part.references for part in (material.train, material.dev) if part]
-    state = fresh_state(run, "fine-tuning", sources=sources, data=sources["data"], references=references)
-    return state | identity(material, sources) | {"before": judge(stage, material)}
+def choose_settings(args, config, device):
+    """TuneSettings from the arguments and, where they are silent, from the model's shape and the device."""
+    _, world = rank_and_world()
+    batch_size, rank = args.batch_size or 32, args.lora_rank or 0
+    if (args.block_size or 1) > config.block_size:
+        raise ValueError(f"--block-size {args.block_size} is above the model's, {config.block_size}")
+    # 2e-3 suits 192 channels and 2e-5, the usual rate, 4,096: between them, a straight line in logarithms.
+    lr = 2e-3 * (192 / config.n_embd) ** 1.5
+    if rank:
+        lr *= 3
+    if args.method == "dpo":
+        lr *= 0.1
+    n_replay = 0
+    if args.method == "sft":
+        replay = REPLAY if args.replay is None else args.replay
+        n_replay = round(batch_size * replay / world) * world
+    if batch_size - n_replay < world:
+        raise ValueError(f"--batch-size {batch_size} leaves no room for examples beside {n_replay} of replay")
+    return TuneSettings(
+        seed=args.seed or 0,
+        block_size=min(args.block_size or 1024, config.block_size),
+        batch_size=batch_size,
+        micro_batch=-(-batch_size // world),
+        lr=args.lr or float(f"{lr:.1e}"),
+        dtype=args.dtype or choose_dtype(device),
+        device=device,
+        processes=world,
+        deterministic=args.deterministic,
+        method=args.method,
+        lora_rank=rank,
+        lora_alpha=args.lora_alpha or 2.0 * rank,
+        beta=args.beta or 0.1,
+        likelihood=args.likelihood or 0.0,
+        n_replay=n_replay,
+        n_evals=N_EVALS,
+        **schedule_settings(args),
+    )
+
+
+def limit_epochs(args, settings, examples):
+    """Set how long a run is: --steps, --minutes or --epochs; without any, 3 minutes or 3 epochs."""
+    most = max(1, round((args.epochs or EPOCHS) * examples.per_epoch))
+    if args.epochs:
+        settings.minutes, settings.steps, settings.fall = None, most, 0.4 * most
+    elif not args.steps and not args.minutes:
+        settings.max_steps = most
+    if settings.steps:
+        settings.warmup = max(1, min(50, settings.steps // 10))
+        show("steps", f"{settings.steps:,}: each example {settings.steps / examples.per_epoch:.2g} times")
+    elif settings.max_steps:
+        show(
+            "time",
+            f"{settings.minutes:g} minutes, or {most:,} steps if that is less: each example {EPOCHS} times",
+        )
+    else:
+        show("time", f"{settings.minutes:g} minutes")
+    if not args.steps and most < 50 and not args.minutes:
+        show(
+            "",
+            f"these are few and teach little: --epochs {math.ceil(100 / examples.per_epoch)} makes 100 steps",
+        )
+
+
+def show_plan(settings, material, model):
+    """Print what was chosen, before the first step."""
+    n = sum(p.numel() for p in model.parameters())
+    n_learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    show("model", f"{os.path.relpath(material.base)}: {n_learning:,} of {n:,} parameters learn")
+    show("device", f"{settings.device} with {torch.get_num_threads()} threads; {settings.dtype} products")
+    if settings.method == "sft":
+        of = material.data.name if material.data else "nothing, since its text is unknown (--data)"
+        show(
+            "replay",
+            f"{settings.n_replay / settings.batch_size:.0%} of each batch from {of}, against forgetting",
+        )
+    show("rate", f"AdamW {settings.lr:g}: up, constant, the last 60 % down to zero")
+
+
+# --- the run ---
+
+
+def write_model(folder, model, settings, material):
+    """Write a model folder; with LoRA the merged model, and the adapter in a folder of its own."""
+    weights = model.state_dict()
+    if settings.lora_rank:
+        base = os.path.relpath(material.base)
+        save_adapter(folder / "adapter", weights, settings.lora_rank, settings.lora_alpha, base)
+        weights = merge(weights, settings.lora_alpha / settings.lora_rank)
+    im_end = material.tokenizer.special_tokens["<|im_end|>"]
+    ends = sorted(end_ids(material.base, material.tokenizer) - {im_end})
+    model.save(folder, material.tokenizer, weights, [*ends, im_end])
+
+
+def base_bpb(model, material, settings, n_tokens=None):
+    """Bits per byte of the base model's own text, of about n_tokens (None: all held out); None: unknown text.
+
+    What it rises by was forgotten.
+    """
+    if material.data is None:
+        return None
+    n_blocks = n_tokens and max(1, n_tokens // model.config.block_size)
+    with autocast(settings):
+        return bits_per_byte(model, material.data.val, material.tokenizer.bytes_per_token, n_blocks)
+
+
+def judge(model, material):
+    """The answers to the test questions, of the first process; the others need none."""
+    rank, _ = rank_and_world()
+    if rank > 0:
+        return []
+    tokenizer = material.tokenizer
+    longest = max((len(tokenizer.encode(example.answer)) for example in material.test), default=0) + 8
+    return answer(model, tokenizer, [example.question for example in material.test], longest)
+
+
+def count_targets(targets):
+    """targets (n, T) -> how many there are in each row; of pairs (n, 2, T), 1 for a row that holds a pair."""
+    if targets.ndim == 3:
+        return (targets[:, 0] != IGNORED).any(1).long()
+    return (targets != IGNORED).sum(1)
+
+
+def averages(split, measures, channels, sums):
+    """{column of the log: value} of sums (channels, 1 + measures), whose first column counts targets.
+
+    Replayed text has a column of its own but no part in the mean. A channel without targets has None.
+    """
+    total = sum(row for name, row in zip(channels, sums) if name != REPLAYED)
+    values = {}
+    for name, value in zip(measures, total[1:]):
+        values[f"{split}_{name}"] = (value / total[0].clamp(min=1)).item()
+    for name, row in zip(channels, sums):
+        values[f"{split}_loss {name}"] = (row[1] / row[0]).item() if row[0] else None
+    return values
+
+
+def shown(values, split, channels):
+    """The losses of the channels as a line for the screen."""
+    losses = [(name, values[f"{split}_loss {name}"]) for name in channels]
+    return "; ".join(f"{name} {loss:.3f}" for name, loss in losses if loss is not None)
+
+
+@torch.no_grad()
+def evaluate(objective, measures, material, settings):
+    """{column of the log: value} of the examples that are held out."""
+    rank, world = rank_and_world()
+    dev, model = material.dev, objective.model
+    sums = torch.zeros(len(dev.channels), 1 + len(measures), dtype=torch.float64)
+    model.eval()
+    for indices in dev.by_length(dev.batch_size):
+        *batch, channels = arrange(dev.tensors(indices, rank, world), settings)
+        with autocast(settings):
+            _, rows = objective(*(tensor.to(settings.device) for tensor in batch))
+        found = torch.cat((count_targets(batch[1])[:, None], rows.view(len(rows), -1).cpu()), 1)
+        sums.index_add_(0, channels, found.double())
+    model.train()
+    return averages("val", measures, dev.channels, sum_over_processes(sums))
+
+
+def arrange(tensors, settings):
+    """What Examples.tensors gives -> what the objective reads, then the channels."""
+    ids, targets, references, channels = tensors
+    if settings.method == "dpo":
+        return ids, targets, references, channels
+    return ids[:, 0], targets[:, 0], channels
+
+
+class Batches:
+    """The batches of a run: examples and, against forgetting, blocks of the base model's own text."""
+
+    def __init__(self, material, settings):
+        self.examples, self.settings, self.blocks = material.train, settings, None
+        self.channels = list(self.examples.channels)
+        if settings.n_replay:
+            self.blocks = Blocks(material.data.train, settings.block_size, settings.seed)
+            self.channels.append(REPLAYED)
+
+    def read(self, step):
+        """This process's part of the batch of a step: what the objective reads, then the channels."""
+        rank, world = rank_and_world()
+        batch = arrange(self.examples.batch(step, rank, world), self.settings)
+        if self.blocks is None:
+            return batch
+        ids, targets, channels = batch
+        T = ids.size(1)  # of the blocks, as much as the examples are long
+        more_ids, more_targets = self.blocks.batch(step, self.settings.n_replay, rank, world)
+        replayed = torch.full([len(more_ids)], len(self.channels) - 1)
+        return (
+            torch.cat((ids, more_ids[:, :T])),
+            torch.cat((targets, more_targets[:, :T])),
+            torch.cat((channels, replayed)),
+        )
+
+    def longest(self):
+        """As many rows as a process computes at a time, each of them the longest example."""
+        *batch, _ = arrange(self.examples.tensors(self.examples.by_length(1)[-1]), self.settings)
+        return [tensor.repeat_interleave(self.settings.micro_batch, 0) for tensor in batch]
+
+
+def tune(settings, material, model, out, fixed, state=None):
+    """Fine-tune a model from its first step or, given the saved state of a run, from there on.
+
+    fixed: what every save of the run holds. Leaves in `out` what train.py lists under "save and resume", but
+    best/ only if examples are held out. Returns the number of steps taken.
+    """
+    rank, _ = rank_and_world()
+    device, tokenizer, examples, dev = settings.device, material.tokenizer, material.train, material.dev
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer.param_groups[0]["initial_lr"] = settings.lr
+    if settings.method == "dpo":
+        measures, objective = MEASURES, PreferenceLoss(model, settings.beta, settings.likelihood)
+    else:
+        measures, objective = ("loss",), NextTokenLoss(model)
+    batches = Batches(material, settings)
+    channels = batches.channels
+    prompt, _ = render(
+        tokenizer, (material.test or examples.examples)[0].question, add_generation_prompt=True
+    )
+    step, tokens, seconds, best = 0, 0, 0.0, math.inf
+    sums = torch.zeros(len(channels), 1 + len(measures), device=device)  # since the last line of the log
+    if state:
+        restore(out, state, model, [optimizer])
+        step, tokens, seconds, best = (state[name] for name in ("step", "tokens", "seconds", "best"))
+        if rank == 0:
+            sums += torch.tensor(state["sums"], device=device)
+            write_model(out, model, settings, material)
+        if step == settings.steps:
+            return step
+    else:
+        add_sample(out, model, tokenizer, prompt, step)
+
+    fit_micro_batch(objective, batches.longest(), settings)
+    wrapped = parallel(objective)
+    ahead = read_ahead(batches.read, step, pin_memory=device == "cuda")
+    columns = [f"train_{name}" for name in measures[1:]] + [f"train_loss {name}" for name in channels]
+    if dev:
+        columns += [f"val_{name}" for name in measures] + [f"val_loss {name}" for name in dev.channels]
+    n_passes = (
+        2 if settings.lora_rank else 3
+    )  # forward, backward to the inputs and, if they learn, to the weights
+    log = Log(out, n_passes * model.config.flops_per_token(settings.block_size), settings, columns)
+    pace = Pace(settings, step, seconds, len(material.data.val) / EVAL_TOKENS if material.data else 1)
+    saved, lap_tokens, stop = seconds, tokens, False
+    with catch_signals() as stop_asked:
+        while step != settings.steps and not stop:
+            rate = learning_rate(step, pace.done, settings)
+            set_dropout(model, step, settings)
+            *batch, channel = next(ahead)
+            counts = count_targets(batch[1])
+            n_targets, n_tokens = sum_over_processes(torch.tensor([counts.sum(), batch[0].numel()])).tolist()
+            rows, norm = training_step(wrapped, [optimizer], batch, n_targets, rate, settings)
+            found = torch.cat((counts[:, None].to(rows), rows.view(len(rows), -1)), 1)
+            sums.index_add_(0, channel.to(device), found)
+            step, tokens = step + 1, tokens + int(n_tokens)
+            stop = from_first_process(stop_asked())
+            evaluating, logging = pace.advance(step)
+
+            if logging:
+                values = averages("train", measures, channels, sum_over_processes(sums.cpu()))
+                check_finite(values["train_loss"] + norm.item(), out)
+                sums.zero_()
+                values["tokens_per_second"] = (
+                    (tokens - lap_tokens) / (step - pace.lap_step) / pace.end_lap(step)
+                )
+                values.update(step=step, tokens=tokens, lr=rate * settings.lr, grad_norm=norm.item())
+                values["seconds"] = pace.seconds
+                details = shown(values, "train", channels)
+                pace.decide_steps(step)
+
+            if evaluating:
+                n_tokens = None if step == settings.steps else EVAL_TOKENS
+                values["val_bpb"] = base_bpb(model, material, settings, n_tokens)
+                if dev:
+                    values.update(evaluate(objective, measures, material, settings))
+                    check_finite(values["val_loss"], out)
+                    details = shown(values, "val", dev.channels)
+                    if values["val_loss"] < best and rank == 0:
+                        write_model(out / "best", model, settings, material)
+                    best = min(best, values["val_loss"])
+                add_sample(out, model, tokenizer, prompt, step)
+
+            if logging:
+                log.write(values, pace.left(step), keep=evaluating, details=details)
+
+            save_asked = settings.save_every and step % settings.save_every == 0
+            if evaluating or stop or save_asked or pace.seconds - saved > SAVE_SECONDS:
+                total = sum_over_processes(sums.cpu())
+                check_finite(total.sum().item() + norm.item(), out)  # or the weights are useless
+                if rank == 0:
+                    found = dict(
+                        step=step, tokens=tokens, seconds=pace.seconds, best=best, sums=total.tolist()
+                    )
+                    save_state(out, fixed | found | {"settings": asdict(settings)}, model, [optimizer])
+                    write_model(out, model, settings, material)
+                saved = pace.seconds
+            if logging:
+                pace.begin_lap(step, evaluating)
+                lap_tokens = tokens
+    return step
 
 
 def main():
     args = parse_arguments()
-    sys.stdout.reconfigure(errors="replace")  # no answer should end a run on a terminal of few characters
     out, state = Path(args.out).resolve() if args.out else None, None
     if args.resume:
-        out, state = checkpoint.find_run(out, "fine-tuning")
-        args.deterministic, args.device = state["run"]["deterministic"], args.device or state["run"]["device"]
-    device = machine.start(args.device, args.deterministic)
-    rank, world = processes()
+        out = find_run(out, "finetune.py")
+        state = read_state(out)
+        args.deterministic = state["settings"]["deterministic"]
+        args.device = args.device or state["settings"]["device"]
+    device = start(args.device, args.deterministic)
+    rank, world = rank_and_world()
     if state:
-        run, sources = Tuning(**state["run"]), state["sources"]
+        sources, settings = state["sources"], TuneSettings(**state["settings"])
+        base = Path(sources["base"])
+        settings.device, settings.processes = device, world
+        model = open_base(base, device, settings.lora_rank)
     else:
-        base = args.model or (base_of(args.adapter) if args.adapter else newest_base())
-        base = Path(base)
-        run, reason = settings(args, config_of(base), device)
-        sources = dict(base=base, adapter=args.adapter, examples=args.examples, test=args.test)
-        sources = {name: path and os.path.abspath(path) for name, path in sources.items()}
+        base = Path(args.model) if args.model else newest_base()
+        model = open_base(base, device, args.lora_rank)
+        settings = choose_settings(args, model.config, device)
+        paths = {"base": base, "examples": args.examples, "test": args.test}
+        sources = {name: path and os.path.abspath(path) for name, path in paths.items()}
         sources["data"] = args.data or data_of(base)
-        out = out or OUT / f"{base.resolve().name}-{'chat' if run.method == 'sft' else run.method}"
+        suffix = "chat" if settings.method == "sft" else "dpo"
+        out = out or OUT / f"{base.resolve().name}-{suffix}"
     if rank == 0 and not sources["examples"]:
         tasks.find_tasks()
-    over_processes(0)  # the others wait for that
-    material = read_material(run, **sources)
+    from_first_process(0)  # the others wait
+    material = read_material(settings, sources)
     if args.dry_run:
-        return material.train.show(material.tokenizer)
-    same_machine = state and (run.device, run.processes) == (device, world)
-    threads, place = run.threads if same_machine else machine.default_threads(), os.path.relpath(out)
-    with machine.set_up(device, threads, run.deterministic):
-        if state:
-            checkpoint.refuse_changes(state, identity(material, sources))
-            if state["step"] == run.steps and (out / "results.json").exists():
-                print(f"{place} is finished: {run.steps:,} steps, nothing is left to do")
-                return
-            say("resumed", f"{place} after step {state['step']:,} of {run.steps:,}")
-            for part, references in zip((material.train, material.dev), state["references"]):
-                part.references = references
-        else:
-            with machine.explain_memory(config_of(material.base), run):
-                state = new_state(args, run, reason, material, sources, device, out)
-        stage = begin(run, material, device)
-        with machine.explain_memory(stage.model.config, run), checkpoint.catch_signals() as stop_asked:
-            step, values = train(run, stage, out, device, state, stop_asked)
-        if values is None:
-            print(f"\nstopped after step {step:,}; to go on: python finetune.py --resume --out {place}")
-            sys.exit(130)
-        before, after = state["before"], judge(stage, material)
-    if rank == 0:
-        answers = {"base": before["answers"], "tuned": after["answers"]}
-        bpb = {"before": before["bpb"], "after": after["bpb"]}
-        report(material.test, answers, yardsticks(material.train.examples, material.test), bpb, out)
-    if world > 1:
-        over_processes(0)  # the first one has written its report
+        material.train.show(material.tokenizer)
+        return
+    identity = identity_of(material, sources)
+    if settings.lora_rank:
+        torch.manual_seed(settings.seed)
+        add_lora(model, settings.lora_rank, settings.lora_alpha)
+
+    held = None  # the folder is locked as long as this file is open
+    place = os.path.relpath(out)
+    if state:
+        refuse_changes(state, identity)
+        finished = state["step"] == settings.steps and (out / "results.json").exists()
+        if finished:
+            print(f"{place} is finished: {settings.steps:,} steps, nothing is left to do")
+            return
+        show("resumed", f"{place} after step {state['step']:,}")
+        if rank == 0:
+            held = lock(out)
+        fixed = {
+            name: state[name] for name in ("script", "data", "sources", "identity", "references", "before")
+        }
+        for part, references in zip((material.train, material.dev), fixed["references"]):
+            part.references = references
+    else:
+        limit_epochs(args, settings, material.train)
+        show_plan(settings, material, model)
+        for name in ("base", "examples", "test"):
+            if sources[name] and out in (Path(sources[name]), *Path(sources[name]).parents):
+                raise ValueError(f"{out} holds what is read, {sources[name]}: choose another --out")
+        if rank == 0:
+            held = make_folder(out)
+        parts = [part for part in (material.train, material.dev) if part]
+        if settings.method == "dpo":
+            for part in parts:
+                set_references(model, part, settings)
+        before = {"answers": judge(model, material), "bpb": base_bpb(model, material, settings)}
+        fixed = {"script": "finetune.py", "data": sources["data"], "sources": sources, "identity": identity}
+        fixed.update(references=[part.references for part in parts], before=before)
+
+    step = tune(settings, material, model, out, fixed, state)
+    if step == settings.steps:
+        before = fixed["before"]
+        answers = {"base": before["answers"], "tuned": judge(model, material)}
+        bpb = {"before": before["bpb"], "after": base_bpb(model, material, settings)}
+        if rank == 0:
+            report(material, answers, bpb, out)
+        if material.data:
+            change = f"{bpb['before']:.4f} bits per byte before, {bpb['after']:.4f} now"
+            print(f"\nthe base model's own text, {material.data.name}: {change}")
+        print(f"the model is in {place}/\nnext: python sample.py --chat --model {place}")
+    else:
+        print(f"\nstopped after step {step:,}; to go on: python finetune.py --resume --out {place}")
+    if dist.is_initialized():
+        from_first_process(0)  # the first one has written its report
         dist.destroy_process_group()
-        if rank:
-            os._exit(0)  # now and then a thread of PyTorch's would abort the usual way out
-    if material.data:
-        change = f"{before['bpb']:.4f} bits per byte before, {after['bpb']:.4f} now"
-        print(f"\nthe base model's own text, {material.data.name}: {change}")
-    print(f"the model is in {place}/\nnext: python sample.py --chat --model {place}")
+    if held:
+        held.close()
+    if step != settings.steps:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        machine.explain_lost_processes(error)
+    run(main)

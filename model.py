@@ -2,32 +2,86 @@
 
     ids -> embed_tokens -> n_layer x [x += attention(norm(x)); x += mlp(norm(x))] -> norm -> lm_head -> logits
 
-This is the Llama architecture (Touvron et al., 2023), with the names of Hugging Face's LlamaForCausalLM:
+This is the Llama architecture (Touvron et al., 2023) with the names of Hugging Face's LlamaForCausalLM, so
 transformers and vLLM open its folders, and it opens those of Llama, Mistral, SmolLM, Yi, Qwen2 and Qwen3.
-
-    python model.py DIR        say what a folder holds
+On a first reading, start at `Config` and stop after `Transformer.loss`; skip "the loss in pieces" and what
+follows.
 """
 
-import argparse
 import json
 import math
 import os
-import sys
+import shutil
+import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+
+# --- the device ---
+
+
+def choose_device(name=None):
+    """The named device or, without a name, the fastest of this machine. ValueError: it is not there."""
+    if name is None and torch.cuda.is_available():
+        return "cuda"
+    if name is None and torch.backends.mps.is_available():
+        return "mps"
+    if name is None:
+        return "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def time_product(a):
+    """Seconds that the product of a matrix with itself takes on its device."""
+    start = time.perf_counter()
+    (a @ a)[0, 0].item()  # .item() waits for the device
+    return time.perf_counter() - start
+
+
+@cache
+def fast_dtype(device):
+    """The dtype in which this type of device multiplies matrices fastest: torch.bfloat16 or torch.float32.
+
+    A CPU without bfloat16 units emulates them, 7 and more times slower than float32. No API tells this on
+    every system, so both products are timed, in turn and often, which is robust on a busy machine, too.
+    """
+    if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    if device == "cpu":
+        a = torch.randn(256, 256)
+        b = a.bfloat16()
+        times = [(time_product(a), time_product(b)) for _ in range(20)]
+        float32, bfloat16 = (min(column) for column in zip(*times))
+        if bfloat16 < float32:
+            return torch.bfloat16
+    return torch.float32
+
+
+@cache
+def matmul_rate(device, dtype):
+    """FLOPs per second of large matrix products, the most that a device gives."""
+    n = 8192 if device == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / min(time_product(a) for _ in range(6))
+
+
+# --- the shape of a model ---
 
 
 @dataclass
 class Config:
-    """The shape of a model: it decides every tensor. Impossible shapes raise a ValueError."""
+    """The shape of a model, from which every tensor follows. ValueError: an impossible shape."""
 
     vocab_size: int
     block_size: int = 256  # the longest sequence that training shows the model, in tokens
@@ -39,46 +93,56 @@ class Config:
     head_dim: int = 0  # 0: n_embd / n_head
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
-    # What checkpoints in the wild differ in; each acts in one place of the code below.
+    # Published checkpoints differ in these; each acts in one place of the code below.
     tie_embeddings: bool = True  # one matrix for the embedding and the head
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3
     rope_scaling: dict | None = None  # Llama 3.1
-    dropout: float = 0.0  # in training, on the two branches of a block: for data that is seen many times
-    recompute: bool = False  # keep of each block only its input for the backward pass (Chen et al., 2016)
+    dropout: float = 0.0  # on the two branches of a block, in training
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise ValueError(f"{name} {value!r} must be a whole number from 1 on")
-        if self.n_embd % self.n_head and not self.head_dim:
-            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        self.head_dim = self.head_dim or self.n_embd // self.n_head
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} {value!r} must be a positive whole number")
+        if not self.head_dim:
+            if self.n_embd % self.n_head:
+                raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+            self.head_dim = self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
+            raise ValueError(f"head_dim {self.head_dim} is odd, but RoPE rotates pairs")
         if self.qkv_bias and self.qk_norm:
-            raise ValueError("qkv_bias (Qwen2) and qk_norm (Qwen3) go into no folder together")
+            raise ValueError("no model folder has both qkv_bias (Qwen2) and qk_norm (Qwen3)")
         if self.rope_scaling and set(self.rope_scaling) != {"rope_type", *LLAMA3_SCALING}:
             raise ValueError(f"rope_scaling {self.rope_scaling} needs rope_type, {', '.join(LLAMA3_SCALING)}")
 
     def num_params(self):
-        """Number of trainable parameters, in closed form; a tied matrix counts once."""
+        """Number of parameters, in closed form; a tied matrix counts once."""
         C, Q, KV = self.n_embd, self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         block = 2 * C * (Q + KV) + 3 * C * self.n_hidden + 2 * C
-        block += self.qkv_bias * (Q + 2 * KV) + self.qk_norm * 2 * self.head_dim
-        return self.n_layer * block + C + self.vocab_size * C * (1 if self.tie_embeddings else 2)
+        if self.qkv_bias:
+            block += Q + 2 * KV
+        if self.qk_norm:
+            block += 2 * self.head_dim
+        tables = 1 if self.tie_embeddings else 2
+        return self.n_layer * block + C + tables * self.vocab_size * C
 
     def flops_per_token(self, length):
-        """FLOPs per token of `length` (Chowdhery et al., 2022, app. B), forward; training takes thrice."""
-        multiplied = self.num_params() - (not self.tie_embeddings) * self.vocab_size * self.n_embd
-        return 2 * multiplied + 4 * self.n_layer * self.n_head * self.head_dim * length
+        """FLOPs per token of the forward pass over `length` tokens (Chowdhery et al., 2022, app. B).
+
+        Training takes three times as many.
+        """
+        n_multiplied = self.num_params()
+        if not self.tie_embeddings:  # looking up a row of the embedding multiplies nothing
+            n_multiplied -= self.vocab_size * self.n_embd
+        return 2 * n_multiplied + 4 * self.n_layer * self.n_head * self.head_dim * length
 
 
-# Shapes without a vocabulary. Heads of 64 channels suit attention kernels. An MLP 8/3 as wide as the stream
-# weighs in three matrices what 4 times weigh in two (Shazeer, 2020); medium and large, where shared key/value
-# heads save, have more. nano is for 3 minutes of 2 CPU cores, micro for an hour; the rest are GPT-2's shapes.
+# Shapes without a vocabulary. Heads of 64 channels suit attention kernels. The three matrices of an MLP 8/3
+# as wide as the stream weigh as much as two of 4 times its width (Shazeer, 2020). nano is for 3 minutes on 2
+# CPU cores, micro for an hour; small, medium and large have the depth and width of GPT-2's models.
 PRESETS = {
     "nano": dict(n_layer=4, n_head=3, n_kv_head=3, n_embd=192, n_hidden=512),
     "micro": dict(n_layer=8, n_head=6, n_kv_head=3, n_embd=384, n_hidden=1024),
@@ -87,18 +151,21 @@ PRESETS = {
     "large": dict(n_layer=36, n_head=20, n_kv_head=10, n_embd=1280, n_hidden=4096),
 }
 
+# --- positions ---
+
 
 def rope(positions, config, dtype):
     """cos and sin (..., T, D/2) of the angles by which the D/2 pairs of a head turn at positions (..., T)."""
     # Pair i turns by theta^(-2i/D) per position (Su et al., 2021, sec. 3.2.2), in float32.
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
     frequencies = 1 / config.rope_theta ** (pairs / config.head_dim)
-    if scaling := config.rope_scaling:
+    if config.rope_scaling:
         # Llama 3.1: pairs that turn slowly within the first training's context are slowed down by `factor`.
+        scaling = config.rope_scaling
         turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = frequencies * (keep + (1 - keep) / scaling["factor"])
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / scaling["factor"])
     angles = positions[..., None] * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -107,14 +174,17 @@ def apply_rope(x, cos, sin):
     """Rotate each pair (i, i + D/2) of x by the angle of its position.
 
     x (B, H, T, D); cos, sin (T, D/2) or (B, 1, T, D/2). After it, q at position m and k at position n meet in
-    a dot product that depends on m - n alone (Su et al., 2021, eq. 16). Half-split, as in transformers.
+    a dot product that depends on m - n alone (Su et al., 2021, eq. 16). Half-split layout, as in Llama.
     """
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
+# --- a block: attention and MLP ---
+
+
 class Attention(nn.Module):
-    """Grouped-query attention: softmax(q k^T / sqrt(D)) v over the positions up to and with its own."""
+    """Grouped-query attention: softmax(q k^T / sqrt(D)) v over each position and those before it."""
 
     def __init__(self, config):
         super().__init__()
@@ -127,23 +197,25 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, mask=None, cache=None):
+    def forward(self, x, cos, sin, mask=None, append=None):
+        """x (B, T, C) -> (B, T, C). mask: which keys are seen, None: causal. append: KVCache.append."""
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if cache is not None:
-            k, v = cache(k, v)  # this layer's KVCache.append: (B, K, S, D), with all that came before
+        if append is not None:
+            k, v = append(k, v)  # (B, K, S, D), with all positions before
         if mask is None:
-            with torch.autocast("cpu", enabled=False):  # there, flash attention is far slower in bfloat16
+            with torch.autocast("cpu", enabled=False):  # on a CPU, attention is far slower in bfloat16
                 y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), is_causal=True, enable_gqa=True)
         else:
-            # a group's heads become further query positions: CUDA is slow with both `enable_gqa` and a mask
+            # The heads of a group become further query positions: CUDA is slow with enable_gqa and a mask.
             q = q.reshape(B, k.size(1), -1, self.head_dim)  # (B, K, G*T, D)
-            mask = mask if T == 1 else mask.repeat(1, 1, q.size(2) // T, 1)
+            if T > 1:
+                mask = mask.repeat(1, 1, q.size(2) // T, 1)  # (B, 1, G*T, S)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            y = y.view(B, -1, T, self.head_dim)
+            y = y.view(B, -1, T, self.head_dim)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -172,16 +244,19 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cos, sin, mask=None, cache=None):
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
+    def forward(self, x, cos, sin, mask=None, append=None):
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, append))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
+# --- the KV cache ---
+
+
 class KVCache:
-    """The keys and values of all that was read so far, so that a new token costs one position, not all.
+    """Keys and values of all positions read so far, so that a new token costs one position instead of all.
 
     Allocated once; every row has its own length. To prefill prompts of different lengths, pad them on the
-    right, then `truncate(lengths)`: what is written next overwrites the padding.
+    right, then `truncate(lengths)`: the next tokens overwrite the padding.
     """
 
     def __init__(self, config, batch_size, max_len, device=None, dtype=None):
@@ -189,29 +264,34 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.long)
-        self.span = 0  # the longest row; known to the host, so that nothing waits for the device
         self.max_len = max_len
+        self.span = 0  # length of the longest row, known without asking the device
 
     def reserve(self, T):
-        """Count T more tokens; returns `span`. ValueError: no room. Call it before each recorded step."""
+        """Count T more tokens per row in `span`. ValueError: there is no room for them."""
         if self.span + T > self.max_len:
             raise ValueError(f"the cache has room for {self.max_len} tokens, not for {self.span} + {T}")
         self.span += T
-        return self.span
 
     def begin(self, T):
-        """Count T more tokens; returns their positions (B, 1, T) and which they see (None: causal)."""
-        # what torch.compile or a CUDA graph records once serves every position: it sees the whole cache
-        capturing = self.k.is_cuda and torch.cuda.is_current_stream_capturing()
-        S = self.max_len if torch.compiler.is_compiling() or capturing else self.reserve(T)
+        """Start to read T tokens -> their positions (B, 1, T), and the mask (B, 1, T, S) or None for causal.
+
+        A compiled step attends to the whole cache, so that one graph serves every position; its caller calls
+        `reserve` itself, since a graph runs no Python.
+        """
+        if torch.compiler.is_compiling():
+            S = self.max_len
+        else:
+            self.reserve(T)
+            S = self.span
         positions = self.lengths[:, None, None] + torch.arange(T, device=self.lengths.device)
         self.lengths += T
         if S == T:  # nothing came before
             return positions, None
-        return positions, torch.arange(S, device=positions.device) <= positions[..., None]  # (B, 1, T, S)
+        return positions, torch.arange(S, device=positions.device) <= positions[..., None]
 
     def append(self, layer, positions, mask, k, v):
-        """Write a layer's new k, v (B, K, T, D) to their positions; returns all S, (B, K, S, D)."""
+        """Write a layer's new k, v (B, K, T, D) at their positions; return those of all S, (B, K, S, D)."""
         rows = torch.arange(len(k), device=k.device)[:, None]
         self.k[layer][rows, :, positions[:, 0]] = k.transpose(1, 2)
         self.v[layer][rows, :, positions[:, 0]] = v.transpose(1, 2)
@@ -219,12 +299,15 @@ class KVCache:
         return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
 
     def truncate(self, lengths):
-        """Take tokens back: the rows keep their first `lengths`, a list of one int per row."""
+        """Keep the first `lengths` tokens of each row (a list of one int per row) and drop the rest."""
         new = torch.tensor(lengths, device=self.lengths.device)
         if new.shape != self.lengths.shape or ((new < 0) | (new > self.lengths)).any():
             raise ValueError(f"rows of {self.lengths.tolist()} tokens cannot be truncated to {lengths}")
         self.lengths.copy_(new)
         self.span = max(lengths)
+
+
+# --- the whole model ---
 
 
 class Transformer(nn.Module):
@@ -243,16 +326,18 @@ class Transformer(nn.Module):
 
     def init_weights(self):
         """Draw fresh weights that start as an even guess over the vocabulary, a loss of ln V."""
-        # What writes into the stream (o_proj, down_proj) starts at zero: a block is the identity at first. A
-        # tied head then scores a token *itself*, behind the norm, with C * std: 1/C keeps that at 1 or below.
+        # What writes into the stream (o_proj, down_proj) starts at zero, so each block is the identity. A
+        # tied head then gives each token *itself* a score of C * std; with std = 1/C that is at most 1.
         C = self.config.n_embd
         for name, p in self.named_parameters():
             if "norm" in name:
                 nn.init.ones_(p)
             elif name.endswith("bias") or "o_proj" in name or "down_proj" in name:
                 nn.init.zeros_(p)
+            elif ".layers." in name:
+                nn.init.normal_(p, std=0.5 / math.sqrt(C))
             else:
-                nn.init.normal_(p, std=0.5 / math.sqrt(C) if ".layers." in name else 1 / C)
+                nn.init.normal_(p, std=1 / C)
 
     def hidden(self, ids, cache=None):
         """ids (B, T) -> the final, normalised stream (B, T, C). With a cache, ids continue what it holds."""
@@ -262,12 +347,15 @@ class Transformer(nn.Module):
                 raise ValueError(f"ids are from {ids.min()} to {ids.max()}, but the vocabulary has {V}")
             if T + (cache.span if cache else 0) > longest:
                 warnings.warn(f"the model has not seen more than {longest} tokens in training", stacklevel=3)
-        positions, mask = cache.begin(T) if cache else (torch.arange(T, device=ids.device), None)
-        x = self.model.embed_tokens(ids)
+        if cache is None:
+            positions, mask = torch.arange(T, device=ids.device), None
+        else:
+            positions, mask = cache.begin(T)
+        x = self.model.embed_tokens(ids)  # (B, T, C)
         cos, sin = rope(positions, self.config, x.dtype)
         for i, block in enumerate(self.model.layers):
-            run = partial(checkpoint, block, use_reentrant=False) if self.config.recompute else block
-            x = run(x, cos, sin, mask, cache and partial(cache.append, i, positions, mask))
+            append = partial(cache.append, i, positions, mask) if cache else None
+            x = block(x, cos, sin, mask, append)
         return self.model.norm(x)
 
     def head(self, x):
@@ -279,63 +367,54 @@ class Transformer(nn.Module):
         return self.head(self.hidden(ids, cache))
 
     def loss(self, ids, targets, reduction="mean"):
-        """Cross-entropy in nats, "mean" or "sum", of targets (B, T) given ids (B, T); -100 is left out.
+        """Cross-entropy in nats of targets (B, T) given ids (B, T); a target of -100 is left out.
 
-        "rows": the sum and, only to be looked at, what each row has in it, (B,).
+        reduction: "mean", "sum", or "rows" for the sum and the sum of each row (B,), without a gradient.
         """
-        # All float32 logits can outweigh the rest of a step. Here they exist for some rows at a time, and
-        # d loss / d logits = softmax(logits) - onehot(target) is carried on to x and weight at once.
-        x, flat = self.hidden(ids).flatten(0, 1), targets.flatten()
+        x = self.hidden(ids).flatten(0, 1)  # (B*T, C)
         weight = (self.lm_head or self.model.embed_tokens).weight
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
-        losses, dx, learning = [], [], torch.is_grad_enabled()
-        size = 512 if x.device.type == "cpu" else 4096
-        with torch.no_grad():
-            for piece, target in zip(x.split(size), flat.split(size), strict=True):
-                log_p = F.linear(piece, weight).float().log_softmax(dim=-1)  # (size, V)
-                losses.append(F.nll_loss(log_p, target, reduction="none"))
-                if learning:
-                    kept = (target != -100)[:, None].float()
-                    slope = log_p.exp_().mul_(kept).scatter_add_(1, target[:, None].clamp(min=0), -kept)
-                    dx.append(slope.to(x.dtype) @ weight)
-                    if weight.requires_grad:
-                        dweight += slope.to(x.dtype).T @ piece
-        rows = torch.cat(losses).view(targets.shape).sum(1)
-        total, n = rows.sum(), {"mean": (flat != -100).sum().clamp(min=1), "sum": 1, "rows": 1}[reduction]
-        if learning:  # add nothing but the gradients dx and dweight
-            carrier = (x * torch.cat(dx)).sum(dtype=torch.float32)
-            carrier += (weight * dweight).sum() if weight.requires_grad else 0
-            total = total + (carrier - carrier.detach())
-        return (total, rows) if reduction == "rows" else total / n
+        total, losses = LossInPieces.apply(x, weight, targets.flatten(), torch.is_grad_enabled())
+        if reduction == "rows":
+            return total, losses.view(targets.shape).sum(1)
+        if reduction == "sum":
+            return total
+        return total / (targets != -100).sum().clamp(min=1)
 
-    def save(self, folder, tokenizer=None, weights=None, ends=None):
-        """Write a model folder, of own weights or these. ends: ids that end a text (<|endoftext|>)."""
-        folder, c, weights = Path(folder), self.config, weights or self.state_dict()
-        kind = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
-        settings = {"architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind}
-        settings |= {"hidden_act": "silu", "torch_dtype": str(weights["model.norm.weight"].dtype)[6:]}
-        settings |= {theirs: getattr(c, ours) for ours, theirs in JSON_NAMES.items()}
-        specials = tokenizer.special_tokens if tokenizer else {}
-        ends = ends or [specials[name] for name in ("<|endoftext|>",) if name in specials]
-        generation = {"bos_token_id": ends[0], "pad_token_id": ends[0], "eos_token_id": ends} if ends else {}
-        folder.mkdir(parents=True, exist_ok=True)
-        save_safetensors(folder / "model.safetensors", weights)
-        for name, value in (("config.json", settings | generation), ("generation_config.json", generation)):
-            (folder / name).write_text(json.dumps(value, indent=2), encoding="utf-8")
-        if tokenizer:
-            tokenizer.save_pretrained(folder)
+    def save(self, folder, tokenizer=None, weights=None, end_ids=None):
+        """Write a model folder that `load` and transformers open.
+
+        weights: others instead of the model's own; end_ids: ids that end a text (that of <|endoftext|>).
+        """
+        weights = weights or self.state_dict()
+        if end_ids is None and tokenizer and "<|endoftext|>" in tokenizer.special_tokens:
+            end_ids = [tokenizer.special_tokens["<|endoftext|>"]]
+        generation = {}
+        if end_ids:
+            generation = {"bos_token_id": end_ids[0], "pad_token_id": end_ids[0], "eos_token_id": end_ids}
+        settings = config_to_json(self.config, weights["model.norm.weight"].dtype)
+        settings.update(generation)
+        with replace_files(folder) as unfinished:
+            save_safetensors(unfinished / "model.safetensors", weights)
+            for name, value in (("config.json", settings), ("generation_config.json", generation)):
+                (unfinished / name).write_text(json.dumps(value, indent=2), encoding="utf-8")
+            if tokenizer:
+                tokenizer.save_pretrained(unfinished)
 
     @classmethod
     def load(cls, folder, device="cpu", dtype=None):
-        """Open a model folder, ours or Hugging Face's. dtype None: as in the file. ValueError: unusable."""
-        folder, weights = Path(folder), {}
+        """Open a model folder, ours or Hugging Face's, for inference. dtype None: as in the file.
+
+        ValueError: the folder is damaged, or needs arithmetic that is not here.
+        """
+        folder = Path(folder)
         try:
             config = config_from_json(json.loads((folder / "config.json").read_bytes()))
-            names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-            if index.exists() and not (folder / names[0]).exists():
-                names = set(json.loads(index.read_bytes())["weight_map"].values())
+            index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+            if index.exists() and not (folder / "model.safetensors").exists():
+                names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            weights = {}
             for name in names:
-                weights |= load_safetensors(folder / name, device, dtype)
+                weights.update(load_safetensors(folder / name, device, dtype))
             if config.tie_embeddings:
                 weights.pop("lm_head.weight", None)
             with torch.device("meta"):  # shapes without memory
@@ -346,32 +425,115 @@ class Transformer(nn.Module):
         return model.eval()
 
 
-# --- files: config.json in Hugging Face's words; safetensors: 8 bytes of header length, JSON, raw bytes ---
+# --- the loss in pieces ---
+
+
+class LossInPieces(torch.autograd.Function):
+    """Cross-entropy of F.linear(x, weight) without ever holding all logits.
+
+    The float32 logits of a batch can outweigh everything else in a training step. Here they exist for a few
+    rows at a time, and the gradient d loss / d logits = softmax(logits) - onehot(target) is carried on to x
+    and weight at once.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, learning):
+        """x (N, C), weight (V, C), targets (N,) -> the sum of the losses, and each of them (N,)."""
+        learns_weight = learning and weight.requires_grad
+        dweight = torch.zeros_like(weight, dtype=torch.float32) if learns_weight else None
+        losses, dx = [], []
+        size = 512 if x.device.type == "cpu" else 4096
+        for piece, target in zip(x.split(size), targets.split(size), strict=True):
+            log_p = F.linear(piece, weight).float().log_softmax(dim=-1)  # (size, V)
+            losses.append(F.nll_loss(log_p, target, reduction="none"))
+            if learning:
+                counted = (target != -100)[:, None].float()
+                dlogits = log_p.exp_().mul_(counted)
+                dlogits = dlogits.scatter_add_(1, target[:, None].clamp(min=0), -counted).to(x.dtype)
+                dx.append((dlogits @ weight).to(x.dtype))
+                if learns_weight:
+                    dweight += dlogits.T @ piece
+        losses = torch.cat(losses)
+        if learning:
+            ctx.dx, ctx.dweight, ctx.dtype = torch.cat(dx), dweight, weight.dtype
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx, dtotal, _):
+        dweight = None if ctx.dweight is None else (dtotal * ctx.dweight).to(ctx.dtype)
+        return (dtotal * ctx.dx).to(ctx.dx.dtype), dweight, None, None
+
+
+# --- model folders: config.json in Hugging Face's words, weights in safetensors ---
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# our fields and theirs, spelled as transformers 4 and 5 both read them
-JSON_NAMES = dict(
-    vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
-    n_head="num_attention_heads", n_kv_head="num_key_value_heads", head_dim="head_dim", n_embd="hidden_size",
-    n_hidden="intermediate_size", norm_eps="rms_norm_eps", tie_embeddings="tie_word_embeddings",
-    rope_theta="rope_theta", rope_scaling="rope_scaling",
-)  # fmt: skip
-# fields that change the arithmetic, and what they may say here; the first is taken where one is absent
-SUPPORTED = dict(
-    model_type=("llama", "mistral", "qwen2", "qwen3"), hidden_act=("silu",), rope_type=("default", "llama3"),
-    sliding_window=(None,), attention_bias=(False,), mlp_bias=(False,), partial_rotary_factor=(1,),
-    num_experts=(0,), num_local_experts=(0,), attention_multiplier=(1,), quantization_config=(None,),
-)  # fmt: skip
+# Our fields and theirs, spelled as transformers 4 and 5 both read them.
+JSON_NAMES = {
+    "vocab_size": "vocab_size",
+    "block_size": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "n_embd": "hidden_size",
+    "n_hidden": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "rope_theta": "rope_theta",
+    "rope_scaling": "rope_scaling",
+}
+# Fields that change the arithmetic and the values implemented here; an absent field has the first one.
+SUPPORTED = {
+    "model_type": ("llama", "mistral", "qwen2", "qwen3"),
+    "hidden_act": ("silu",),
+    "rope_type": ("default", "llama3"),
+    "sliding_window": (None,),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1,),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "attention_multiplier": (1,),
+    "quantization_config": (None,),
+}
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def config_to_json(config, dtype):
+    """The content of config.json for a Config and the dtype of its weights."""
+    kind = "qwen3" if config.qk_norm else "llama"
+    if config.qkv_bias:
+        kind = "qwen2"
+    settings = {
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "model_type": kind,
+        "hidden_act": "silu",
+    }
+    settings["torch_dtype"] = str(dtype).removeprefix("torch.")
+    for ours, theirs in JSON_NAMES.items():
+        settings[theirs] = getattr(config, ours)
+    return settings
 
 
 def config_from_json(settings):
     """The Config of a config.json. ValueError: it lacks a field or asks for arithmetic that is not here."""
-    rope = (settings.get("rope_parameters") or {}) | (settings.get("rope_scaling") or {})
-    found = {"rope_type": rope.get("type", "default"), "rope_theta": 10000.0, "rope_scaling": None}
-    found |= {"model_type": None, "head_dim": 0, "num_key_value_heads": settings.get("num_attention_heads")}
-    found |= {"tie_word_embeddings": False, "use_sliding_window": settings.get("model_type") == "mistral"}
-    found |= {name: value for name, value in (settings | rope).items() if value is not None}
-    found["sliding_window"] = found.get("sliding_window") if found["use_sliding_window"] else None
+    rope_settings = (settings.get("rope_parameters") or {}) | (settings.get("rope_scaling") or {})
+    found = {
+        "model_type": None,
+        "head_dim": 0,
+        "num_key_value_heads": settings.get("num_attention_heads"),
+        "tie_word_embeddings": False,
+        "rope_type": rope_settings.get("type", "default"),
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "use_sliding_window": settings.get("model_type") == "mistral",
+    }
+    for name, value in (settings | rope_settings).items():
+        if value is not None:
+            found[name] = value
+    if not found["use_sliding_window"]:
+        found["sliding_window"] = None
     for field, supported in SUPPORTED.items():
         if found.get(field, supported[0]) not in supported:
             raise ValueError(f"{field} {found[field]!r} is not supported, only {supported}")
@@ -379,14 +541,29 @@ def config_from_json(settings):
     if missing := [name for name in (*JSON_NAMES.values(), *scaling) if name not in found]:
         raise ValueError(f"{', '.join(missing)} missing")
     found["rope_scaling"] = {name: found[name] for name in ("rope_type", *scaling)} if scaling else None
-    values = {ours: found[theirs] for ours, theirs in JSON_NAMES.items()}
-    return Config(**values, qkv_bias=found["model_type"] == "qwen2", qk_norm=found["model_type"] == "qwen3")
+    fields = {ours: found[theirs] for ours, theirs in JSON_NAMES.items()}
+    kind = found["model_type"]
+    return Config(**fields, qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3")
+
+
+@contextmanager
+def replace_files(folder):
+    """Yield an empty folder; the files written there are moved into `folder` once all are complete."""
+    unfinished = Path(folder) / ".unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed process
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        for path in unfinished.iterdir():
+            os.replace(path, Path(folder) / path.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def save_safetensors(path, tensors):
-    """Write {name: tensor}, down to the disk. Equal tensors make equal files."""
+    """Write {name: tensor}: the header's length in 8 bytes, the header as JSON, the bytes of all tensors."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # so that all are aligned
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # keeps all of them aligned
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         span = [end, end + tensor.nbytes]
@@ -394,24 +571,19 @@ def save_safetensors(path, tensors):
         end += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    unfinished = path.with_suffix(".unfinished")  # a model opened from `path` still reads it
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in tensors.values():
-                file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_safetensors(path, device="cpu", dtype=None):
-    """Read {name: tensor}, mapped: a page is read when it is touched. ValueError: the file is damaged."""
+    """Read {name: tensor}, memory-mapped: a page is read when it is touched. ValueError: it is damaged."""
     tensors = {}
     try:
-        data = np.memmap(path, np.uint8, mode="c")  # private: what is written to it stays in memory
+        data = np.memmap(path, np.uint8, mode="c")  # copy on write: the file is never changed
         start = 8 + int.from_bytes(data[:8].tobytes(), "little")
         header = json.loads(data[8:start].tobytes())
         content = torch.from_numpy(data[start:])
@@ -420,31 +592,8 @@ def load_safetensors(path, device="cpu", dtype=None):
                 continue
             kind, shape, (begin, end) = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
             if not kind or begin < 0 or math.prod(shape) * kind.itemsize != end - begin:
-                raise ValueError(f"{name}: {entry} does not fit the file, or is of a type unknown here")
+                raise ValueError(f"{name}: {entry} does not fit the file or has an unknown dtype")
             tensors[name] = content[begin:end].view(kind).view(shape).to(device, dtype)
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no intact safetensors file: {error!s:.200}") from None
+        raise ValueError(f"{path} is not an intact safetensors file: {error!s:.200}") from None
     return tensors
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Say what a model folder holds.")
-    parser.add_argument("folder", metavar="DIR")
-    model = Transformer.load(parser.parse_args().folder)
-    c, dtype = model.config, model.model.embed_tokens.weight.dtype
-    print(model)
-    for part in ("embed_tokens", "self_attn", "mlp", "layernorm", "model.norm", "lm_head"):
-        print(f"{part:14}{sum(p.numel() for name, p in model.named_parameters() if part in name):,}")
-    print(f"{'parameters':14}{c.num_params():,}, {dtype.itemsize * c.num_params():,} bytes as {dtype}")
-    print(f"{'FLOPs':14}{c.flops_per_token(c.block_size):,} per token of {c.block_size:,}")
-    print(f"{'cache':14}{2 * KVCache(c, 1, 1, 'meta', dtype).k.nbytes:,} bytes per token")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

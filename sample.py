@@ -1,8 +1,9 @@
-"""Stage 4: a model at work. decoding.py draws token ids; here they become text.
+"""Stage 4: a model at work. Feed in the newest token, draw the next one from the scores, and so on.
 
-    ids -> bytes -> characters -> what can be shown by now
+    logits -> repetition penalty -> / temperature -> top-k, top-p, min-p -> probabilities -> one token -> text
 
-as a stream, for a whole file of prompts, or in a conversation. Only text goes to stdout.
+`generate` is the loop. It serves a stream of text, a conversation and a file of prompts; only text goes to
+stdout. On a first reading, stop after `generate` and `TextStream`.
 
     python sample.py                            stream text from the newest model under out/
     python sample.py --model DIR --prompt "..." -n 4 --temperature 0.8 --top-p 0.9
@@ -12,172 +13,439 @@ as a stream, for a whole file of prompts, or in a conversation. Only text goes t
 
 import argparse
 import codecs
+import copy
 import json
+import math
 import os
 import re
-import select
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from decoding import Sampling, generate, make_cache, pack, speculate
-from machine import choose_device
-from model import Transformer
-from tokenizer import Tokenizer
+from model import KVCache, Transformer, choose_device, fast_dtype
+from tokenizer import Tokenizer, render
 
 OUT = Path(__file__).resolve().parent / "out"
 PROMPTS = {"pystdlib": "def ", "shakespeare": "ROMEO:\n", "tinystories": "Once upon a time"}  # by data
-PLAIN = dict(encoding="utf-8-sig", errors="replace")  # stray bytes of a prompt are read as U+FFFD
-PIPE_SECONDS = 3  # some programs give their children a pipe into which nothing ever comes
+SMALL = (
+    2**18
+)  # numbers in a matrix up to which, for one row, the packed product takes longer to start than to run
 
 
-# --- from ids to text ---
+# --- from scores to a token ---
 
 
-class Text:
+@dataclass
+class Sampling:
+    """How tokens are drawn. ValueError: a value makes no sense."""
+
+    temperature: float = 0.8  # scores are divided by it; 0: always the likeliest token
+    top_k: int = 0  # draw from the k likeliest tokens; 0: from all
+    top_p: float = 0.9  # draw from the likeliest tokens that together reach this probability
+    min_p: float = 0.0  # draw from tokens at least this fraction as likely as the likeliest one
+    repetition_penalty: float = 1.0  # above 1: tokens that were read or drawn before become less likely
+
+    def __post_init__(self):
+        least = 1e-30  # below it a float32 may become zero
+        if self.temperature != 0 and not least <= self.temperature < math.inf:
+            raise ValueError(f"temperature {self.temperature} must be positive, or 0 for the likeliest token")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ValueError(f"top-k {self.top_k} must be a number of tokens, or 0 for all")
+        if not least <= self.top_p <= 1:
+            raise ValueError(f"top-p {self.top_p} is outside (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min-p {self.min_p} is outside [0, 1]")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise ValueError(f"repetition penalty {self.repetition_penalty} is outside [0.01, 100]")
+
+
+def penalize(logits, seen, penalty):
+    """Divide the scores of tokens that were seen, a mask (B, V), by the penalty; multiply negative ones."""
+    # Keskar et al. (2019, CTRL, sec. 4.1) divide all, but that would reward tokens with negative scores.
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def keep_only(logits, order, kept):
+    """Set all scores to -inf but those of the tokens `order` (B, k) where `kept` (B, k) is True."""
+    values = logits.gather(-1, order).masked_fill(~kept, -math.inf)
+    return torch.full_like(logits, -math.inf).scatter(-1, order, values)
+
+
+def keep_top_k(logits, k):
+    """Keep the k likeliest tokens of each row (Fan et al., 2018); exactly k, also when some are equal."""
+    order = logits.topk(min(k, logits.size(-1))).indices
+    return keep_only(logits, order, torch.ones_like(order, dtype=torch.bool))
+
+
+def keep_top_p(logits, top_p, k=1024):
+    """Keep the likeliest tokens that together reach probability top_p (Holtzman et al., 2020)."""
+    # On a CPU, sorting a large vocabulary takes as long as a small model; mostly the k likeliest suffice.
+    # A GPU sorts fast, and asking whether they suffice would make it wait.
+    V = logits.size(-1)
+    k = min(k, V) if logits.device.type == "cpu" else V
+    values, order = logits.topk(k)
+    probabilities = (values - logits.logsumexp(-1, keepdim=True)).exp()
+    if k < V and probabilities.sum(-1).min() < top_p:
+        return keep_top_p(logits, top_p, V)
+    before = probabilities.cumsum(-1) - probabilities  # the sum over likelier tokens
+    return keep_only(logits, order, before < top_p)
+
+
+def keep_min_p(logits, min_p):
+    """Keep tokens at least min_p times as likely as the likeliest one (Nguyen et al., 2024)."""
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -math.inf)
+
+
+def probabilities_of(logits, sampling):
+    """The distribution (B, V) from which a token is drawn, given scores (B, V)."""
+    logits = logits.float()
+    if sampling.temperature == 0:
+        return nn.functional.one_hot(logits.argmax(-1), logits.size(-1)).float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # no overflow, however cold
+    if sampling.top_k:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p > 0:
+        logits = keep_min_p(logits, sampling.min_p)
+    return logits.softmax(-1)
+
+
+def draw(probabilities, generator):
+    """One id per row of (B, V): the winner of a race in which token i arrives after an Exp(p_i) time."""
+    # P(i arrives first) = p_i. On a CPU this is four times as fast as torch.multinomial.
+    uniform = torch.rand(probabilities.shape, generator=generator, device=probabilities.device)
+    return (probabilities / -uniform.log()).argmax(-1)
+
+
+def next_tokens(logits, sampling, generator):
+    """One id per row (B,), given scores (B, V)."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    return draw(probabilities_of(logits, sampling), generator)
+
+
+# --- generate ---
+
+
+def make_cache(model, batch_size, max_len):
+    """An empty cache on the model's device, in its dtype."""
+    weight = model.model.norm.weight
+    return KVCache(model.config, batch_size, max_len, weight.device, weight.dtype)
+
+
+def repeat_rows(cache, n):
+    """A cache with each row n times in a row, to continue one prompt in n ways."""
+    repeated = copy.copy(cache)
+    repeated.k, repeated.v = cache.k.repeat_interleave(n, dim=1), cache.v.repeat_interleave(n, dim=1)
+    repeated.lengths = cache.lengths.repeat_interleave(n)
+    return repeated
+
+
+def prefill(model, cache, rows):
+    """Read rows, lists of ids of any lengths, into the cache -> the logits (B, V) behind the end of each."""
+    lengths = [len(row) for row in rows]
+    padded = [row + row[-1:] * (max(lengths) - len(row)) for row in rows]
+    before = cache.lengths.tolist()
+    x = model.hidden(torch.tensor(padded, device=cache.k.device), cache)  # (B, T, C)
+    cache.truncate([b + n for b, n in zip(before, lengths)])
+    return model.head(x[range(len(rows)), [n - 1 for n in lengths]])
+
+
+def mark(rows, logits):
+    """Which tokens occur in each row, as a mask (B, V) like the logits."""
+    seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+    for mask, row in zip(seen, rows):
+        mask[row] = True
+    return seen
+
+
+def one_token(model, cache, ids):
+    """ids (B,), the newest token of every row -> logits (B, V)."""
+    return model.head(model.hidden(ids[:, None], cache)[:, -1])
+
+
+def compile_step(cache):
+    """one_token as fused kernels and, on a GPU, one recorded CUDA graph that reads this cache."""
+    for tensor in (cache.k, cache.v, cache.lengths):
+        torch._dynamo.mark_static_address(tensor)
+    return torch.compile(one_token, mode="reduce-overhead")
+
+
+@torch.inference_mode()
+def generate(
+    model,
+    prompts,
+    max_new_tokens=64,
+    stop_ids=(),
+    seed=0,
+    n_samples=1,
+    vocab_size=None,
+    cache=None,
+    compiled=False,
+    **sampling,
+):
+    """Continue prompts, lists of ids of any lengths but zero; yield at each step one new id per row.
+
+    Rows are the n_samples of the first prompt, then those of the second ... A row that draws one of stop_ids
+    has ended and yields None from then on. Ids from vocab_size on are never drawn; sampling: the fields of
+    Sampling. A row that outgrows the context continues from its last half. With a given cache, prompts
+    continue what each row holds, until it is full. ValueError: unusable settings.
+    """
+    sampling = Sampling(**sampling)
+    if not prompts or not all(prompts) or n_samples < 1:
+        raise ValueError("generate needs a prompt, of at least one token, and a sample")
+    if cache is not None and len(cache.lengths) != len(prompts):
+        raise ValueError(f"a cache of {len(cache.lengths)} rows does not go with {len(prompts)} prompts")
+    device, context = model.model.norm.weight.device, model.config.block_size
+    generator = torch.Generator(device).manual_seed(seed)
+    rows = [list(prompt[-context:]) for prompt in prompts]
+    slides = cache is None  # past the end of the context
+    if slides:
+        longest = max(len(row) for row in rows)
+        cache = make_cache(model, len(rows), min(context, longest + max_new_tokens))
+    logits = prefill(model, cache, rows)
+    if n_samples > 1:  # one prefill serves all samples of a prompt
+        cache, logits = repeat_rows(cache, n_samples), logits.repeat_interleave(n_samples, 0)
+        rows = [list(row) for row in rows for _ in range(n_samples)]
+    step = compile_step(cache) if compiled else one_token
+    ended = [False] * len(rows)
+    for n_made in range(1, max_new_tokens + 1):
+        logits = logits[:, :vocab_size]
+        if sampling.repetition_penalty != 1:
+            logits = penalize(logits, mark(rows, logits), sampling.repetition_penalty)
+        new = next_tokens(logits, sampling, generator)  # (B,)
+        ids = new.tolist()
+        ended = [end or i in stop_ids for end, i in zip(ended, ids)]
+        if all(ended):
+            return
+        yield [None if end else i for end, i in zip(ended, ids)]
+        for row, i in zip(rows, ids):
+            row.append(i)
+        if n_made == max_new_tokens or (cache.span == cache.max_len and not slides):
+            return
+        if cache.span < cache.max_len:
+            if compiled:
+                cache.reserve(1)  # a recorded step cannot count
+            logits = step(model, cache, new).clone()  # the next recorded step overwrites its result
+        else:
+            rows = [row[-max(1, context // 2) :] for row in rows]
+            cache.truncate([0] * len(rows))
+            logits = prefill(model, cache, rows)
+
+
+# --- packed weights ---
+
+
+class PackedLinear(nn.Module):
+    """A matrix in oneDNN's own order, which a CPU reads about twice as fast; for decoding only."""
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        weight = weight.detach()
+        self.packed, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight), bias
+        self.columns = None
+        if weight.dtype == torch.float32 and weight.numel() <= SMALL:
+            self.columns = weight.T.contiguous().T
+
+    def forward(self, x):
+        is_one_row = x.numel() == x.size(-1)
+        if self.columns is not None and is_one_row:
+            return nn.functional.linear(x, self.columns, self.bias)
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
+
+
+def pack(model):
+    """Replace a model's matrices by packed ones where that is faster. It cannot learn any more."""
+    weight = model.model.norm.weight
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+        return model
+    if not torch.backends.mkldnn.is_available() or fast_dtype("cpu") == torch.float32:
+        return model  # without bfloat16 units (AVX2), packed matrices are slower
+    if model.lm_head is None:
+        model.lm_head = PackedLinear(model.model.embed_tokens.weight, None)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear(child.weight, child.bias))
+    return model
+
+
+# --- bytes to text ---
+
+
+class TextStream:
     """The text of one row as its ids come: never half a character, a stop string or the start of one."""
 
-    def __init__(self, tokenizer, stops):
-        self.tokenizer, self.stops, self.ended = tokenizer, stops, False
-        self.decoder, self.held = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""
+    def __init__(self, tokenizer, stops=()):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.held = ""  # may be the start of a stop string
+        self.text = ""  # all that was shown
+        self.ended = False
 
     def add(self, new):
-        """Take the next id, or None at the end; returns what can be shown by now."""
+        """Take the next id, or None at the end; return what can be shown now."""
         if self.ended:
             return ""
         self.ended = new is None
         new_bytes = b"" if self.ended else self.tokenizer.decode_bytes([new])
         text = self.held + self.decoder.decode(new_bytes, self.ended)
         found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self.stops if stop in text]
-        if found:  # the one that is complete first counts, however the text was cut into tokens
-            text, self.ended = text[: min(found)[1]], True
-        starts = (stop[:n] for stop in self.stops for n in range(1, len(stop)))
-        n_held = 0 if self.ended else max((len(start) for start in starts if text.endswith(start)), default=0)
+        if found:  # the stop string that is complete first counts, wherever the tokens end
+            _, begin = min(found)
+            text, self.ended = text[:begin], True
+        n_held = 0 if self.ended else self.length_of_start(text)
         shown, self.held = text[: len(text) - n_held], text[len(text) - n_held :]
+        self.text += shown
         return shown
 
+    def length_of_start(self, text):
+        """The length of the longest start of a stop string with which a text ends."""
+        starts = [stop[:n] for stop in self.stops for n in range(1, len(stop))]
+        return max((len(start) for start in starts if text.endswith(start)), default=0)
 
-def write(tokenizer, steps, stops=()):
-    """Turn what generate yields into text: a str per row at each step. Ends when every row has ended."""
-    texts = []
+
+def stream_text(tokenizer, steps, stops=()):
+    """What generate yields -> a str per row at each step; ends when every row has ended."""
+    streams = []
     for step in steps:
-        texts = texts or [Text(tokenizer, stops) for _ in step]
-        yield [text.add(new) for text, new in zip(texts, step)]
-        if all(text.ended for text in texts):
+        if not streams:
+            streams = [TextStream(tokenizer, stops) for _ in step]
+        yield [stream.add(new) for stream, new in zip(streams, step)]
+        if all(stream.ended for stream in streams):
             return
-    if texts:
-        yield [text.add(None) for text in texts]
+    if streams:
+        yield [stream.add(None) for stream in streams]
 
 
 def to_prompt(tokenizer, text):
-    """The ids of a text and, before it, what the tokenizer's model expects there; never none."""
+    """The ids of a text and, before it, what the tokenizer's model expects there; never none at all."""
     ids = tokenizer.encode(text)
     processor = tokenizer.document.get("post_processor") or {}
-    for step in processor.get("processors", [processor]):  # Llama 3: <|begin_of_text|>
+    for step in processor.get("processors", [processor]):
         for part in step.get("single", [])[:1]:
-            if "SpecialToken" in part:
+            if "SpecialToken" in part:  # <|begin_of_text|> of Llama 3
                 ids.insert(0, tokenizer.special_tokens[part["SpecialToken"]["id"]])
     return ids or [tokenizer.special_tokens.get("<|endoftext|>", 0)]
 
 
-# --- conversations ---
+def stream_samples(model, tokenizer, prompt, stops, n_samples, **settings):
+    """Print the prompt and what follows: the first sample as it is drawn, then the others and the speed."""
+    ids, context = to_prompt(tokenizer, prompt), model.config.block_size
+    if len(ids) > context:
+        print(f"the prompt has {len(ids):,} tokens: it is cut to its last {context:,}", file=sys.stderr)
+        ids = ids[-context:]
+    streams = [TextStream(tokenizer, stops) for _ in range(n_samples)]
+    n_new, start, first = 0, time.perf_counter(), None
+    print(prompt, end="", flush=True)
+    try:
+        for step in generate(model, [ids], n_samples=n_samples, **settings):
+            first = first or time.perf_counter()
+            n_new += sum(new is not None for new in step)
+            pieces = [stream.add(new) for stream, new in zip(streams, step)]
+            print(pieces[0], end="", flush=True)
+            if all(stream.ended for stream in streams):
+                break
+    finally:  # also after Ctrl-C
+        pieces = [stream.add(None) for stream in streams]
+        print(pieces[0], end="")
+        for stream in streams[1:]:
+            print(f"\n\n---\n\n{prompt}{stream.text}", end="")
+        print(flush=True)
+        now, first = time.perf_counter(), first or time.perf_counter()
+        speed = max(0, n_new - n_samples) / max(1e-9, now - first)
+        print(
+            f"prompt: {len(ids):,} tokens, {len(ids) / (first - start):,.0f} a second",
+            end="; ",
+            file=sys.stderr,
+        )
+        print(f"new: {n_new:,} tokens, {speed:,.0f} a second", file=sys.stderr)
 
 
-def render(tokenizer, messages, answer=False):
-    """A conversation in the ChatML layout -> (ids, mask); mask: True for what the assistant says.
-
-    messages: [{"role": ..., "content": ...}, ...], read without the space around texts. answer: the ids end
-    where the assistant's turn begins. No text can become a special token. ValueError: without ChatML tokens.
-    """
-    if missing := {"<|im_start|>", "<|im_end|>"} - tokenizer.special_tokens.keys():
-        raise ValueError(f"no {min(missing)} in the tokenizer: chat takes a model with the ChatML layout")
-    start, end = tokenizer.special_tokens["<|im_start|>"], tokenizer.special_tokens["<|im_end|>"]
-    ids, mask = [], []
-    for message in messages:
-        head = [start, *tokenizer.encode(message["role"] + "\n")]
-        said = [*tokenizer.encode(message["content"].strip()), end]
-        gap = tokenizer.encode("\n")
-        ids += head + said + gap
-        mask += [False] * len(head) + [message["role"] == "assistant"] * len(said) + [False] * len(gap)
-    if answer:
-        ids += [start, *tokenizer.encode("assistant\n")]
-    return ids, mask + [False] * (len(ids) - len(mask))
+# --- chat ---
 
 
 class Chat:
-    """A conversation whose KV cache is kept, so that of each turn only what is new is read."""
+    """A conversation whose KV cache is kept, so that each turn reads only what is new."""
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
-        self.turns, self.read = [], []  # the ids of each turn; the ids that the cache holds
+        self.turns = []  # the ids of each turn
+        self.read = []  # the ids that the cache holds
         self.cache = make_cache(model, 1, model.config.block_size)
 
     def answer(self, text, stops=(), **settings):
-        """Yield the answer to a text in pieces. Where the context is too short, says what it forgets."""
-        tokenizer, room = self.tokenizer, self.cache.max_len * 3 // 4  # the rest is for the answer
-        turns = self.turns + [render(tokenizer, [{"role": "user", "content": text}], answer=True)[0]]
-        forgotten = 0
-        while forgotten < len(turns) - 1 and sum(map(len, turns[forgotten:])) > room:
-            forgotten += 2  # a question and its answer
-        self.turns = turns[forgotten:]
+        """Yield the answer to a text in pieces. Where the context is too short, say what is forgotten."""
+        room = self.cache.max_len * 3 // 4  # the rest is for the answer
+        question, _ = render(self.tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
+        turns, n_forgotten = [*self.turns, question], 0
+        while n_forgotten < len(turns) - 1 and sum(map(len, turns[n_forgotten:])) > room:
+            n_forgotten += 2  # a question and its answer
+        self.turns = turns[n_forgotten:]
         ids = sum(self.turns, [])
-        if forgotten:
-            print(f"(to make room, the oldest {forgotten} turns are forgotten)", file=sys.stderr)
+        if n_forgotten:
+            print(f"(to make room, the oldest {n_forgotten} turns are forgotten)", file=sys.stderr)
         if len(ids) > room:
             print(f"(this is too long: only its last {room} tokens are read)", file=sys.stderr)
             ids = ids[-room:]
-        n = min(len(ids) - 1, len(self.read))
-        same = next((i for i in range(n) if ids[i] != self.read[i]), n)
+        same = 0  # the ids that the cache holds already; at least one is left to read
+        while same < min(len(ids) - 1, len(self.read)) and ids[same] == self.read[same]:
+            same += 1
         self.cache.truncate([same])
         said, self.read = [], ids[:same]
-
-        def note(steps):
-            for step in steps:
-                said.extend(step)
-                yield step
-
+        stream = TextStream(self.tokenizer, stops)
         try:
-            steps = generate(self.model, [ids[same:]], cache=self.cache, **settings)
-            for (piece,) in write(tokenizer, note(steps), stops):
-                yield piece
+            for (new,) in generate(self.model, [ids[same:]], cache=self.cache, **settings):
+                said.append(new)
+                yield stream.add(new)
+                if stream.ended:
+                    break
+            yield stream.add(None)
             if self.cache.span == self.cache.max_len:
                 print("(the context is full)", file=sys.stderr)
         finally:  # also when Ctrl-C cut the answer short
-            self.turns.append([*said, tokenizer.special_tokens["<|im_end|>"], *tokenizer.encode("\n")])
-            self.read = ids + said[:-1] if said else ids[:same]  # never more than all layers have read
+            end = self.tokenizer.special_tokens["<|im_end|>"]
+            self.turns.append([*said, end, *self.tokenizer.encode("\n")])
+            if said:
+                self.read = ids + said[:-1]  # the last one was drawn but perhaps not read
 
 
-def converse(model, tokenizer, folder, ends, seed, **settings):
+def converse(model, tokenizer, folder, stops, stop_ids, seed, **settings):
     """Answer what is typed, line by line, until /quit or the end of the input; /reset forgets everything."""
-    render(tokenizer, [])  # or there is no point in waiting for a question
+    render(tokenizer, [])  # refuses a tokenizer without the ChatML layout before anybody types
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  gives input() its line editing and history
-    if tokenizer.special_tokens.get("<|im_end|>") not in ends:
-        print("this model was not taught to chat: it will go on with the text, not answer", file=sys.stderr)
+    end = tokenizer.special_tokens["<|im_end|>"]
+    if end not in stop_ids:
+        print(
+            "this model was not taught to chat: it continues the text instead of answering", file=sys.stderr
+        )
     with suppress(OSError, ValueError, KeyError):  # finetune.py leaves some questions
-        taught = json.loads((folder / "results.json").read_bytes())["questions"].values()
-        if taught:
-            print("it answers questions such as these, new to it:", *taught, sep="\n  ", file=sys.stderr)
+        questions = json.loads((folder / "results.json").read_bytes())["questions"].values()
+        if questions:
+            print("it answers questions like these, new to it:", *questions, sep="\n  ", file=sys.stderr)
     print("/reset starts anew, /quit ends; Ctrl-C cuts an answer short", file=sys.stderr)
     chat = Chat(model, tokenizer)
-    stop_ids = ends | {tokenizer.special_tokens["<|im_end|>"]}
+    settings["stop_ids"] = stop_ids | {end}
     while sys.stdin:  # a caller may have closed it
         try:
-            text = input("> " if sys.stdin.isatty() else "")
+            text = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
-        if text.strip() == "/quit":
+        if text == "/quit":
             return
-        if text.strip() == "/reset":
+        if text == "/reset":
             chat = Chat(model, tokenizer)
-        elif text.strip():
+        elif text:
             with suppress(KeyboardInterrupt):
-                for piece in chat.answer(text, stop_ids=stop_ids, seed=seed + len(chat.turns), **settings):
+                for piece in chat.answer(text, stops, seed=seed + len(chat.turns), **settings):
                     print(piece, end="", flush=True)
             print(flush=True)
 
@@ -185,27 +453,29 @@ def converse(model, tokenizer, folder, ends, seed, **settings):
 # --- a file of prompts ---
 
 
-def read_records(path):
-    """{line number: prompt} of a .txt, one a line, or of a .jsonl with `prompt` or `messages`.
+def read_prompts(path):
+    """{line number: record} of a .txt, one prompt per line, or of a .jsonl with `prompt` or `messages`.
 
     ValueError: names a line that is neither.
     """
-    *lines, last = Path(path).read_text(**PLAIN).split("\n")
-    numbered = enumerate(lines + [last] if last else lines, 1)
+    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    if lines[-1] == "":
+        lines.pop()
     if Path(path).suffix != ".jsonl":
-        return {number: {"prompt": line} for number, line in numbered}
+        return {number: {"prompt": line} for number, line in enumerate(lines, 1)}
     records = {}
-    for number, line in numbered:
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
             texts = [record["prompt"]] if "prompt" in record else []
-            texts += [message[key] for message in record.get("messages", []) for key in ("role", "content")]
+            for message in record.get("messages", []):
+                texts += [message["role"], message["content"]]
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise ValueError('it needs "prompt", a text, or "messages", each with "role" and "content"')
             if taken := {"line", "completion"} & record.keys():
-                raise ValueError(f"{min(taken)!r} is what the answer will be called: leave it out")
+                raise ValueError(f"{min(taken)!r} is a field of the answer: leave it out")
             json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair cannot be written
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: {error!r:.150}") from None
@@ -213,61 +483,71 @@ def read_records(path):
     return records
 
 
-def parts_of(output):
-    """The files beside `output` in which processes keep answers until all are there."""
+def prompt_of(record, tokenizer):
+    """The ids of a record of read_prompts."""
+    if "prompt" in record:
+        return to_prompt(tokenizer, record["prompt"])
+    ids, _ = render(tokenizer, record["messages"], add_generation_prompt=True)
+    return ids
+
+
+def part_files(output):
+    """The files beside `output` in which processes keep their answers until all are there."""
     name = re.compile(re.escape(output.name) + r"\.part\d+")
     return [path for path in output.parent.iterdir() if name.fullmatch(path.name)]
 
 
 def read_answers(output):
-    """{line number: answer} of all that was answered by now."""
+    """{line number: answer} of everything that was answered so far."""
     answers = {}
-    for path in [output, *parts_of(output)]:
-        with suppress(FileNotFoundError):  # there is none yet, or another process has just removed it
-            for line in filter(None, path.read_text(encoding="utf-8", errors="replace").split("\n")):
+    for path in [output, *part_files(output)]:
+        with suppress(FileNotFoundError):  # not there yet, or just removed by another process
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                if not line:
+                    continue
                 try:
                     answer = json.loads(line)
                     answers[answer["line"]] = answer
                 except (KeyError, TypeError, ValueError):  # cut off when the process was killed
                     if path == output:
-                        raise ValueError(f"{output} holds something else than answers: {line:.60}") from None
+                        raise ValueError(f"{output} does not hold answers: {line:.60}") from None
     return answers
 
 
-def answer_file(model, tokenizer, path, output, batch_size, go_on, seed, stops):
+def answer_file(model, tokenizer, path, output, batch_size, stops, seed, **settings):
     """Answer a file of prompts; the answers get into `output` in the same order, once all are there.
 
-    Until then each process of torchrun, or the only one, adds them to a part file of its own. What is there
-    is not answered again.
+    Until then each process of torchrun, or the only one, adds its answers to a part file. What was answered
+    before, by a run that was stopped, is kept.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    context = model.config.block_size
     if output.exists() and not output.is_file():
-        raise ValueError(f"{output} is no file")
-    records, answers, start = read_records(path), read_answers(output), time.perf_counter()
+        raise ValueError(f"{output} is not a file")
+    records, answers, start = read_prompts(path), read_answers(output), time.perf_counter()
     for number, answer in answers.items():
         if number not in records or answer != answer | records[number]:
             raise ValueError(f"{output} answers other prompts than {path}: choose another --output")
-
-    def to_ids(prompt=None, messages=(), **_):
-        return to_prompt(tokenizer, prompt) if prompt is not None else render(tokenizer, messages, True)[0]
-
-    prompts = {number: to_ids(**record) for number, record in records.items()}
-    if too_long := sum(len(prompt) > model.config.block_size for prompt in prompts.values()):
-        print(f"{too_long} prompts are cut to their last {model.config.block_size} tokens", file=sys.stderr)
+    prompts = {number: prompt_of(record, tokenizer) for number, record in records.items()}
+    if too_long := sum(len(prompt) > context for prompt in prompts.values()):
+        print(f"{too_long} prompts are cut to their last {context} tokens", file=sys.stderr)
     todo = [number for number in list(records)[rank::world] if number not in answers]
-    said = f"{len(todo):,} prompts to answer, {len(answers):,} were answered before"
-    print(f"{said}; after a stop the same command goes on", file=sys.stderr)
+    counts = f"{len(todo):,} prompts to answer, {len(answers):,} were answered before"
+    print(f"{counts}; after a stop, repeat the command to go on", file=sys.stderr)
     with open(f"{output}.part{rank}", "a", encoding="utf-8") as part:
-        part.write("\n" if part.tell() else "")  # after a line that was cut off
-        for done in range(0, len(todo), batch_size):
-            batch = todo[done : done + batch_size]
-            steps = go_on([prompts[number] for number in batch], seed=seed + batch[0])
-            rows = list(zip(*write(tokenizer, steps, stops))) or [""] * len(batch)  # each ended at once
-            for number, pieces in zip(batch, rows):
-                answer = records[number] | {"line": number, "completion": "".join(pieces)}
+        if part.tell():
+            part.write("\n")  # the last line may have been cut off
+        for first in range(0, len(todo), batch_size):
+            batch = todo[first : first + batch_size]
+            steps = generate(model, [prompts[number] for number in batch], seed=seed + batch[0], **settings)
+            texts = [""] * len(batch)
+            for pieces in stream_text(tokenizer, steps, stops):
+                texts = [text + piece for text, piece in zip(texts, pieces)]
+            for number, text in zip(batch, texts):
+                answer = records[number] | {"line": number, "completion": text}
                 part.write(json.dumps(answer, ensure_ascii=False) + "\n")
             part.flush()
-            n, seconds = done + len(batch), time.perf_counter() - start
+            n, seconds = first + len(batch), time.perf_counter() - start
             left = timedelta(seconds=round(seconds / n * (len(todo) - n)))
             print(f"{n:,} of {len(todo):,}, {n / seconds:.1f} a second, {left} left", file=sys.stderr)
     answers = read_answers(output)
@@ -276,12 +556,12 @@ def answer_file(model, tokenizer, path, output, batch_size, go_on, seed, stops):
         lines = [json.dumps(answers[number], ensure_ascii=False) + "\n" for number in sorted(answers)]
         unfinished.write_text("".join(lines), encoding="utf-8")
         os.replace(unfinished, output)
-        for path in parts_of(output):
+        for path in part_files(output):
             path.unlink(missing_ok=True)
         print(f"{output}: {len(answers):,} answers", file=sys.stderr)
 
 
-# --- the command line ---
+# --- command line ---
 
 
 def newest_model():
@@ -308,134 +588,106 @@ def end_ids(folder, tokenizer):
             ends = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else None
         except (AttributeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
+        if isinstance(ends, list):
+            return set(ends)
         if ends is not None:
-            return set(ends if isinstance(ends, list) else [ends])
+            return {ends}
     return set(tokenizer.special_tokens.values())
 
 
-def show_samples(tokenizer, prompt, ids, go_on, stops):
-    """Print the prompt and what follows: the first sample as it is made, then the others and the speed."""
-    start, first, n_made, texts = time.perf_counter(), None, 0, []
-
-    def count(steps):
-        nonlocal first, n_made
-        for step in steps:
-            first = first or time.perf_counter()
-            n_made += sum(new is not None for new in step)
-            yield step
-
-    print(prompt, end="", flush=True)
-    try:
-        for pieces in write(tokenizer, count(go_on([ids])), stops):
-            print(pieces[0], end="", flush=True)
-            texts = [text + piece for text, piece in zip(texts or [""] * len(pieces), pieces)]
-    finally:  # also after Ctrl-C
-        for text in texts[1:]:
-            print(f"\n\n---\n\n{prompt}{text}", end="")
-        print(flush=True)
-        now, first = time.perf_counter(), first or time.perf_counter()
-        read, made = len(ids) / (first - start), max(0, n_made - max(1, len(texts))) / max(1e-9, now - first)
-        print(f"prompt: {len(ids):,} tokens, {read:,.0f} a second", end="; ", file=sys.stderr)
-        print(f"new: {n_made:,} tokens, {made:,.0f} a second", file=sys.stderr)
-
-
 def read_prompt(args, folder):
-    """The prompt: as given, of a file or a pipe (without the last line end), or one that suits the data."""
+    """The prompt: as given, from stdin (without its last line end), or one that suits the model's data."""
+    if args.prompt == "-":
+        return sys.stdin.read().removesuffix("\n")
     if args.prompt is not None:
         return args.prompt
-    if args.prompt_file:
-        return Path(args.prompt_file).read_text(**PLAIN).removesuffix("\n")
-    piped = ""
-    if sys.stdin and not sys.stdin.isatty():
-        if os.name == "nt" or select.select([sys.stdin], [], [], PIPE_SECONDS)[0]:
-            piped = sys.stdin.read().removesuffix("\n")
-        else:
-            print(f"no prompt came in {PIPE_SECONDS} s; --prompt-file /dev/stdin waits", file=sys.stderr)
-    suits = (prompt for name, prompt in PROMPTS.items() if folder.resolve().name.startswith(name))
-    return piped or next(suits, "")
+    for name, prompt in PROMPTS.items():
+        if folder.resolve().name.startswith(name):
+            return prompt
+    return ""
+
+
+def positive_int(text):
+    """A whole number above 0, for argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be positive")
+    return int(text)
+
+
+def positive_float(text):
+    """A finite number above 0, for argparse."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be positive")
+    return float(text)
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="Text from a model.")
+    parser = argparse.ArgumentParser(description="Text from a model.", exit_on_error=False)
     add = parser.add_argument
     add("--model", metavar="DIR", help="model folder (the newest under out/)")
-    add("-n", type=int, default=1, help="number of samples (1)")
-    add("--max-new-tokens", type=int, default=256, help="length of a sample (256)")
-    group = parser.add_argument_group("what to go on with")
+    add("-n", type=positive_int, default=1, help="number of samples (1)")
+    add("--max-new-tokens", type=positive_int, default=256, help="length of a sample (256)")
+    group = parser.add_argument_group("what to continue")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--prompt", help="a text; an empty one begins a new document (what suits the data)")
-    add("--prompt-file", metavar="FILE", help="a file with the text; a text may also come from a pipe")
+    add("--prompt", metavar="TEXT", help='a text; "-" reads stdin, "" starts a new document (by the data)')
     add("--chat", action="store_true", help="what you type, in turns")
     add("--prompts", metavar="FILE", help="many: .txt, one a line, or .jsonl with `prompt` or `messages`")
     add = group.add_argument
-    add("--output", metavar="FILE", help="the .jsonl for their answers; the same command again goes on")
-    add("--batch-size", type=int, default=16, help="prompts at a time (16)")
+    add("--output", metavar="FILE", help="the .jsonl for their answers; repeat the command after a stop")
+    add("--batch-size", type=positive_int, default=16, help="prompts at a time (16)")
     add = parser.add_argument_group("how a token is drawn").add_argument
     add("--temperature", type=float, default=0.8, help="0: always the likeliest token (0.8)")
     add("--top-k", type=int, default=0, help="from the k likeliest tokens only (0: from all)")
     add("--top-p", type=float, default=0.9, help="from the likeliest tokens that reach this in sum (0.9)")
-    add("--min-p", type=float, default=0.0, help="from those of this share of the likeliest one's (0)")
+    add("--min-p", type=float, default=0.0, help="from those of this fraction of the likeliest one's (0)")
     add("--repetition-penalty", type=float, default=1.0, help="above 1: less of what was there (1)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
     add("--seed", type=int, default=0, help="equal seeds draw equal samples (0)")
     add = parser.add_argument_group("speed").add_argument
-    add("--draft", metavar="DIR", help="a smaller model with the same tokenizer, which guesses ahead")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (as in the file)")
-    add("--compile", action="store_true", help="fuse kernels: a wait that pays in long runs on a GPU")
-    add("--device", help="cpu, cuda or mps (the fastest that there is)")
+    add("--compile", action="store_true", help="on a GPU: fuse kernels, which pays in long runs")
+    add("--device", help="cpu, cuda or mps (the fastest of this machine)")
     args = parser.parse_args()
-    if args.n < 1 or args.max_new_tokens < 1 or args.batch_size < 1 or not 0 <= args.seed < 2**63:
-        raise ValueError("-n, --max-new-tokens, --batch-size must be at least 1, --seed from 0 to 2^63 - 1")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed {args.seed} must be from 0 to 2^63 - 1")
     if "" in args.stop:
-        raise ValueError("a --stop without text would end every text at once")
+        raise ValueError("an empty --stop would end every text at once")
     if bool(args.prompts) != bool(args.output):
         raise ValueError("--prompts FILE and --output FILE go together")
-    if (args.n > 1 or args.draft) and (args.prompts or args.chat):
-        raise ValueError("-n and --draft are for one prompt, not for --prompts or --chat")
-    if args.draft and (args.n > 1 or args.compile or args.repetition_penalty != 1):
-        raise ValueError("--draft does not go with -n, --compile or --repetition-penalty")
+    if args.n > 1 and (args.prompts or args.chat):
+        raise ValueError("-n is for one prompt, not for --prompts or --chat")
     return args
 
 
 def main():
     args = parse_arguments()
     for stream in filter(None, (sys.stdin, sys.stdout)):
-        stream.reconfigure(errors="replace")  # no odd character should end a text
-    sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
-    sampling |= dict(repetition_penalty=args.repetition_penalty)
-    Sampling(**sampling)  # a mistake should not have to wait for the model
+        stream.reconfigure(errors="replace")  # a strange character must not end a text
+    sampling = {
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "repetition_penalty": args.repetition_penalty,
+    }
+    Sampling(**sampling)  # refuses a mistake before the model is read
     folder = Path(args.model) if args.model else newest_model()
     device = choose_device(args.device)
-    if device == "cuda":  # of several processes, each takes its own
+    if device == "cuda":  # under torchrun, each process has its own
         device = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)  # streams and graphs are those of the current one
-    if args.compile and device == "cpu":
-        raise ValueError("--compile makes decoding slower on a CPU: leave it out")
-    dtype = args.dtype and getattr(torch, args.dtype)
-    model, tokenizer = load(folder, device, dtype)
-    ends, context = end_ids(folder, tokenizer), model.config.block_size
+    if args.compile and not device.startswith("cuda"):
+        raise ValueError("--compile makes decoding faster on CUDA only: leave it out")
+    model, tokenizer = load(folder, device, args.dtype and getattr(torch, args.dtype))
     print(f"{os.path.relpath(folder)}: {model.config.num_params():,} parameters", file=sys.stderr)
-    settings = dict(max_new_tokens=args.max_new_tokens, seed=args.seed, vocab_size=tokenizer.vocab_size)
-    settings |= sampling | (dict(mode="compile") if args.compile else {})
+    settings = dict(sampling, max_new_tokens=args.max_new_tokens, seed=args.seed, compiled=args.compile)
+    settings.update(vocab_size=tokenizer.vocab_size, stop_ids=end_ids(folder, tokenizer))
     if args.chat:
-        return converse(model, tokenizer, folder, ends, stops=args.stop, **settings)
-    go_on = partial(generate, model, stop_ids=ends, **settings)
-    if args.prompts:
-        file = Path(args.output).resolve()
-        return answer_file(model, tokenizer, args.prompts, file, args.batch_size, go_on, args.seed, args.stop)
-    if args.draft:
-        draft, its_tokenizer = load(args.draft, device, dtype)
-        if its_tokenizer.fingerprint != tokenizer.fingerprint:
-            raise ValueError(f"{args.draft} has another vocabulary than {folder}: its guesses are of no use")
-        go_on = partial(speculate, model, draft=draft, stop_ids=ends, **settings)
+        converse(model, tokenizer, folder, args.stop, **settings)
+    elif args.prompts:
+        output = Path(args.output).resolve()
+        answer_file(model, tokenizer, args.prompts, output, args.batch_size, args.stop, **settings)
     else:
-        go_on = partial(go_on, n_samples=args.n)
-    prompt = read_prompt(args, folder)
-    ids = to_prompt(tokenizer, prompt)
-    if len(ids) > context:
-        print(f"the prompt has {len(ids):,} tokens: it is cut to its last {context:,}", file=sys.stderr)
-    show_samples(tokenizer, prompt, ids[-context:], go_on, args.stop)
+        stream_samples(model, tokenizer, read_prompt(args, folder), args.stop, args.n, **settings)
 
 
 if __name__ == "__main__":
@@ -443,8 +695,8 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # of `| head`, which has seen enough
+    except BrokenPipeError:  # a reader such as `head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, argparse.ArgumentError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -2,289 +2,1014 @@
 
     loss = -mean log p(next token | tokens before)        weights <- weights - rate * f(gradient of the loss)
 
-The loop is `train`; what it learns is measured in bits per byte of text that it never trained on.
+The loop stands in `main`. What the model learns is measured in bits per byte of text that it never trains on.
+On a first reading, read "one step", "the optimizers" and `main`; skip the processes, saving and the log.
 
     python train.py                             prepare the default data if missing, train 3 minutes, sample
     python train.py --data NAME --preset small --minutes 30
     python train.py --steps 2000 --seed 1       a fixed number of steps: the same digits every time
-    python train.py --resume                    go on exactly where the newest run stopped
+    python train.py --resume                    continue the newest run exactly where it stopped
     torchrun --nproc-per-node 8 train.py ...    the same on many GPUs
 """
 
 import argparse
+import csv
 import math
 import os
+import pickle
+import re
+import shutil
+import signal
+import statistics
 import sys
-from dataclasses import asdict, replace
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-import checkpoint
-import machine
-from data.loader import Blocks, find_data, load_data
-from loop import Run, Stage, bits_per_byte, fresh_state, measure_step, train
-from machine import over_processes, processes
-from model import PRESETS, Config, Transformer, load_safetensors
-from optimizer import make_optimizers
-from sample import OUT
+from data.loader import IGNORED, Blocks, find_data, load_data, read_ahead, validation_batches
+from model import PRESETS, Config, Transformer, choose_device, fast_dtype, matmul_rate
+from sample import OUT, generate, positive_float, positive_int
 
-N_EVALS = 10  # in a run
-EVAL_TOKENS = 2**14  # in each but the last, which takes all that is held out
+EVAL_TOKENS = 2**14  # of validation text in each evaluation but the last, which takes all of it
+SAVE_SECONDS = 600  # the longest time between two saves
+STATE = "train_state.pt"  # what a run needs to be resumed
 
 
-def shape_of(run, vocab_size):
-    """The Config of the model that a run trains."""
-    return Config(vocab_size, run.block_size, **PRESETS[run.preset])
+@dataclass
+class Settings:
+    """Everything that decides the numbers of a run, besides data, hardware and versions. Saved with it."""
+
+    seed: int
+    block_size: int
+    batch_size: int  # blocks (examples in finetune.py) per step, over all processes
+    micro_batch: int  # those that one process computes at a time
+    lr: float
+    dtype: str  # in which matrices are multiplied: "bfloat16" or "float32"
+    device: str
+    processes: int
+    deterministic: bool
+    minutes: float | None  # the budget; None: --steps gives the number of steps
+    steps: int | None  # None: not decided yet, see decide_steps
+    fall: float | None  # the step from which the learning rate falls
+    warmup: int  # steps
+    eval_every: int | None  # steps; None: n_evals times in the run
+    save_every: int | None  # steps; None: with every evaluation
+    n_evals: int = 10
+    max_steps: int | None = None  # the other limit beside minutes: finetune.py's epochs
+    preset: str = ""
+    weight_decay: float = 0.0
+    dropout: float | None = 0.0  # None: see dropout_at
+    compile: bool = False
 
 
-def build(run, vocab_size, device):
-    """A fresh model and its optimizers, the same for the same run."""
-    torch.manual_seed(run.seed)
-    model = Transformer(replace(shape_of(run, vocab_size), dropout=run.dropout)).to(device)
-    return machine.distribute(model, run, device), make_optimizers(model, run.lr, run.weight_decay)
+# --- one step ---
 
 
-def begin(run, data, device):
-    """Pretraining from its first step, as a Stage."""
-    tokenizer, blocks = data.tokenizer, Blocks(data.train, run.block_size, run.seed)
-    model, optimizers = build(run, tokenizer.vocab_size, device)
+class NextTokenLoss(nn.Module):
+    """The loss as a module: DistributedDataParallel sums gradients only for what its `forward` computed."""
 
-    def evaluate(step):
-        """Bits per byte of some validation text, after the last step of all of it."""
-        measure = partial(bits_per_byte, model, data.val, tokenizer.bytes_per_token, sources=data.sources)
-        with machine.precision(device, run.dtype):
-            score, losses = measure(max(1, EVAL_TOKENS // run.block_size))
-            bpb, losses = (score, losses) if step < run.steps else measure()
-        return score, {"val_bpb": bpb} | losses
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
 
-    return Stage(
-        model=model,
-        optimizers=optimizers,
-        tokenizer=tokenizer,
-        read_batch=lambda step: blocks.batch(step * run.batch_size, run.batch_size, *processes()),
-        evaluate=evaluate,
-        write=lambda folder, weights: model.save(folder, tokenizer, weights),
-        read=lambda folder: load_safetensors(folder / "model.safetensors"),
-        prompt=data.val.read(0, min(8, len(data.val))).tolist(),
-        channels=data.sources,
-        columns=[f"val_loss {name}" for name in data.sources],
-    )
+    def forward(self, ids, targets):
+        """ids, targets (B, T) -> the loss, summed over all targets, and the sum of each row (B,)."""
+        return self.model.loss(ids, targets, reduction="rows")
 
 
-def identity(run, data):
-    """What a run must find unchanged when it goes on."""
-    shape = asdict(shape_of(run, data.tokenizer.vocab_size))
-    return {"text": data.fingerprint, "tokenizer": data.tokenizer.fingerprint, "shape": shape}
+def autocast(settings):
+    """The context in which matrices are multiplied in the run's dtype; weights and sums stay in float32."""
+    return torch.autocast(settings.device, torch.bfloat16, enabled=settings.dtype == "bfloat16")
 
 
-def say(name, text):
-    """A line of what is known before the first step."""
+def training_step(objective, optimizers, batch, n_targets, rate, settings):
+    """One update from this process's part of a batch, with `rate` times the full learning rates.
+
+    The loss is summed over all micro-batches of all processes and divided by n_targets, so it is the mean
+    over the targets of the whole batch. Returns what objective measured in each row, and the gradient's norm;
+    both stay on the device, which is not waited for.
+    """
+    _, world = rank_and_world()
+    device = next(objective.parameters()).device
+    pieces = list(zip(*(tensor.split(settings.micro_batch) for tensor in batch)))
+    measured = []
+    for i, piece in enumerate(pieces, 1):
+        piece = [tensor.to(device, non_blocking=True) for tensor in piece]
+        accumulate = world > 1 and i < len(pieces)  # processes exchange gradients once, at the last piece
+        with objective.no_sync() if accumulate else nullcontext():
+            with autocast(settings):
+                loss, rows = objective(*piece)
+            (loss * (world / n_targets)).backward()  # DistributedDataParallel takes the mean over processes
+        measured.append(rows)
+    norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["initial_lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.cat(measured), norm
+
+
+def try_micro_batch(objective, batch, settings):
+    """Forward and backward of as many rows as are computed at a time, beside what AdamW will hold."""
+    device = next(objective.parameters()).device
+    moments = [torch.empty(2, *p.shape, device=device) for p in objective.parameters() if p.requires_grad]
+    with autocast(settings):
+        loss, _ = objective(*(tensor[: settings.micro_batch].to(device) for tensor in batch))
+    loss.backward()
+    del moments
+
+
+def fit_micro_batch(objective, batch, settings):
+    """Halve the micro-batch until the memory suffices for the run's longest batch, in all processes.
+
+    Also compiles, and falls back to eager mode where that fails. ValueError: not even one row fits.
+    """
+    while True:
+        fits = True
+        try:
+            try_micro_batch(objective, batch, settings)
+        except Exception as error:
+            fits = False
+            if not is_out_of_memory(error) and not settings.compile:
+                raise
+            if not is_out_of_memory(error):
+                print(f"torch.compile fails here, so nothing is compiled: {' '.join(str(error).split()):.90}")
+                settings.compile = False
+                torch.compiler.set_stance("force_eager")
+                continue
+        objective.zero_grad()
+        if settings.device == "cuda":
+            torch.cuda.empty_cache()
+        if sum_over_processes(int(fits)) == settings.processes:
+            return
+        if settings.micro_batch == 1:
+            raise ValueError("out of memory with one row at a time: take a smaller --block-size or --preset")
+        settings.micro_batch //= 2
+        print(f"out of memory: trying {settings.micro_batch} rows at a time")
+
+
+def is_out_of_memory(error):
+    """Whether an exception means that a GPU's or the computer's memory is full."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+# --- the optimizers: Muon for the matrices inside the blocks, AdamW for the rest ---
+
+
+def orthogonalize(X, dtype):
+    """The orthogonal matrices nearest to X (n, rows, columns), roughly: singular values from 0.7 to 1.2.
+
+    Five steps of a Newton-Schulz iteration, whose polynomial rises steeply at zero (Jordan et al., 2024,
+    "Muon"). It needs only matrix products, and bfloat16 suffices where that is fast.
+    """
+    tall = X.size(-2) > X.size(-1)
+    X = (X.mT if tall else X).to(dtype)
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315)
+        X = torch.baddbmm(X, B, X, beta=3.4445)
+    return X.mT if tall else X
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps along the orthogonal matrix nearest to the momentum: every singular direction moves equally far.
+
+    The same numbers as torch.optim.Muon, which takes one matrix at a time; here matrices of one shape are
+    orthogonalized together.
+    """
+
+    def __init__(self, params, lr, weight_decay, dtype=torch.bfloat16, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.dtype = dtype  # of the products in orthogonalize
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            of_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    of_shape.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in of_shape.items():
+                directions = torch.stack([self.momentum(p, group["momentum"]) for p in params])
+                directions = orthogonalize(directions, self.dtype)
+                lr = group["lr"] * math.sqrt(max(1, rows / columns))  # equal steps for all shapes
+                for p, direction in zip(params, directions):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(direction, alpha=-lr)
+
+    def momentum(self, p, beta):
+        """Nesterov's momentum: the running mean of the gradients, looking one step ahead."""
+        if not self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        mean = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - beta)
+        return p.grad.lerp(mean, beta)
+
+
+def make_optimizers(model, lr, weight_decay, dtype):
+    """Muon and AdamW for a model; AdamW learns at a tenth of Muon's rate, norms without weight decay."""
+    readers, writers, tables, vectors = [], [], [], []
+    for name, p in model.named_parameters():
+        if p.ndim < 2:
+            vectors.append(p)
+        elif ".layers." not in name:
+            tables.append(p)  # embedding and head, which Muon's authors leave to AdamW, too
+        elif "o_proj" in name or "down_proj" in name:
+            writers.append(p)
+        else:
+            readers.append(p)
+    # What the blocks write into the stream adds up over the depth: slower in models deeper than nano.
+    slower = lr * PRESETS["nano"]["n_layer"] / model.config.n_layer
+    matrices = [{"params": readers}, {"params": writers, "lr": slower}]
+    others = [{"params": tables}, {"params": vectors, "weight_decay": 0.0}]
+    optimizers = [
+        Muon(matrices, lr=lr, weight_decay=weight_decay, dtype=dtype),
+        torch.optim.AdamW(others, lr=lr / 10, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True),
+    ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]  # which training_step multiplies
+    return optimizers
+
+
+# --- the schedule: warm up, constant, the last 60 % down to zero; under --minutes by the clock ---
+
+
+def learning_rate(step, done, settings):
+    """The fraction of the full learning rate at a step, when a fraction `done` of the run is done."""
+    warm = (step + 1) / settings.warmup
+    if settings.steps is None:
+        return min(1, max(warm, done / 0.05))  # on a slow machine, 5 % of the budget
+    return min(1, warm, (settings.steps - step) / (settings.steps - settings.fall))
+
+
+def fraction_done(step, seconds, settings):
+    """How much of a run is done, 0 to 1: by the clock until the number of steps is decided."""
+    if settings.steps is None:
+        by_steps = step / settings.max_steps if settings.max_steps else 0
+        return max(by_steps, seconds / (60 * settings.minutes))
+    if step < settings.fall:
+        return 0.4 * step / settings.fall
+    return 0.4 + 0.6 * (step - settings.fall) / (settings.steps - settings.fall)
+
+
+def passes(n, before, now):
+    """Whether a run passes from one of n equal parts to the next between two fractions done."""
+    return math.floor(n * before + 1e-9) < math.floor(n * now + 1e-9)
+
+
+class Pace:
+    """The clock of a run, its speed, and what is due. The first process's clock counts for all of them.
+
+    Speed is measured in laps, each between two points at which the device was waited for.
+    """
+
+    def __init__(self, settings, step, seconds, last_eval):
+        """seconds: taken before. last_eval: how many times as long as another the last evaluation takes."""
+        self.settings, self.last_eval = settings, last_eval
+        self.began = time.perf_counter() - seconds
+        self.seconds = seconds  # when the clock was last read
+        self.done = fraction_done(step, seconds, settings)
+        self.lap_seconds, self.lap_step = seconds, step  # where the lap began
+        self.step_seconds = []  # seconds per step, lap by lap
+        self.eval_seconds = 0.0
+
+    def read_clock(self):
+        """Seconds since the run began."""
+        self.seconds = from_first_process(time.perf_counter() - self.began)
+        return self.seconds
+
+    def advance(self, step):
+        """Count a step -> (evaluate now?, log now?)."""
+        settings, before = self.settings, self.done
+        self.done = fraction_done(step, self.read_clock(), settings)
+        evaluate = passes(settings.n_evals, before, self.done)
+        if settings.eval_every:
+            evaluate = step % settings.eval_every == 0
+        if step == settings.steps:
+            evaluate = True
+        return evaluate, evaluate or passes(100, before, self.done)
+
+    def end_lap(self, step):
+        """Seconds per step since the lap began. Call it after waiting for the device."""
+        self.step_seconds.append((self.read_clock() - self.lap_seconds) / (step - self.lap_step))
+        return self.step_seconds[-1]
+
+    def begin_lap(self, step, evaluated):
+        """Start to measure again, after logging, evaluating and saving."""
+        before = self.seconds
+        self.lap_seconds, self.lap_step = self.read_clock(), step
+        if evaluated:
+            self.eval_seconds = self.seconds - before
+        if evaluated and self.settings.steps is None:  # evaluations may take a tenth of the budget
+            affordable = int(0.1 * 60 * self.settings.minutes / self.eval_seconds)
+            self.settings.n_evals = max(1, min(self.settings.n_evals, affordable))
+
+    def decide_steps(self, step):
+        """Once 40 % of a budget have passed, set the number of steps: those that fit into the rest of it.
+
+        Until then nothing depends on that number; from here on the learning rate falls over exactly these.
+        Returns whether it was decided now.
+        """
+        settings = self.settings
+        if settings.steps is not None or self.done < 0.4:
+            return False
+        left, each = 60 * settings.minutes - self.seconds, self.recent()
+        evaluations = self.eval_seconds * (0.6 * settings.n_evals - 1 + self.last_eval)
+        if settings.eval_every:
+            each += self.eval_seconds / settings.eval_every
+            evaluations = self.eval_seconds * self.last_eval
+        n = max(1, int((left - min(evaluations, left / 2)) / each))
+        if settings.max_steps:
+            n = max(1, min(n, settings.max_steps - step))
+        settings.steps, settings.fall, settings.warmup = step + n, step, min(step, settings.warmup)
+        self.done = fraction_done(step, self.seconds, settings)
+        show("steps", f"{settings.steps:,} in all, of {1000 * each:,.0f} ms; from here on the rate falls")
+        return True
+
+    def recent(self):
+        """Seconds per step of late: a median, which a moment's disturbance does not change."""
+        return statistics.median(self.step_seconds[-20:])
+
+    def left(self, step):
+        """Seconds that the run will still take."""
+        if self.settings.steps is None:
+            return max(0, 60 * self.settings.minutes - self.seconds)
+        return (self.settings.steps - step) * self.recent()
+
+
+def set_dropout(model, step, settings, blocks=None):
+    """Prepare dropout for a step. Unless it is given, it is 0.1 from the tenth epoch on, against memorizing.
+
+    Reseeds from (seed, step, process), so that no generator state has to be saved.
+    """
+    dropout = settings.dropout
+    if dropout is None:
+        dropout = 0.1 if step * settings.batch_size >= 10 * blocks.per_epoch else 0.0
+    for block in model.model.layers:
+        block.dropout.p = dropout
+    rank, _ = rank_and_world()
+    torch.manual_seed(((settings.seed * 1_000_003 + step + 1) * 8191 + rank) % 2**32)  # a CPU takes 32 bits
+
+
+# --- bits per byte ---
+
+
+@torch.no_grad()
+def bits_per_byte(model, tokens, bytes_per_token, n_blocks=None):
+    """Nats of all predicted tokens / ln 2 / their bytes, over n_blocks evenly spaced blocks (None: all)."""
+    device, was_training = model.model.norm.weight.device, model.training
+    sizes = torch.from_numpy(bytes_per_token).to(device)
+    sums = torch.zeros(2, dtype=torch.float64)
+    rank, world = rank_and_world()
+    model.eval()
+    for ids, targets in validation_batches(tokens, model.config.block_size, n_blocks, rank=rank, world=world):
+        ids, targets = ids.to(device), targets.to(device)
+        nats = model.loss(ids, targets, reduction="sum")
+        n_bytes = (sizes[targets.clamp(min=0)] * (targets != IGNORED)).sum()
+        sums += torch.tensor([nats.item(), n_bytes.item()], dtype=torch.float64)
+    model.train(was_training)
+    nats, n_bytes = sum_over_processes(sums).tolist()
+    return nats / math.log(2) / n_bytes
+
+
+# --- processes, which torchrun starts ---
+
+
+def start(device, deterministic):
+    """Choose the device and, under torchrun, join the other processes, each on its own GPU."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
+    device = choose_device(device)
+    if "RANK" in os.environ:
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if device == "cuda":
+            if local_rank >= torch.cuda.device_count():
+                raise ValueError(f"more processes than the {torch.cuda.device_count()} GPUs of this machine")
+            torch.cuda.set_device(local_rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # only the first process prints
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what is left in float32
+    torch.use_deterministic_algorithms(deterministic)
+    sys.stdout.reconfigure(errors="replace")  # a sample must not end a run on a terminal of few characters
+    return device
+
+
+def rank_and_world():
+    """The number of this process and how many there are; (0, 1) without torchrun."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def sum_over_processes(value):
+    """The sum of a number, or of a tensor on the CPU, over all processes."""
+    if not dist.is_initialized():
+        return value
+    total = torch.as_tensor(value, dtype=torch.float64).clone()
+    dist.all_reduce(total)
+    return total if isinstance(value, torch.Tensor) else total.item()
+
+
+def from_first_process(value):
+    """The first process's number, in all of them. Also a point at which all wait for the first one."""
+    if not dist.is_initialized():
+        return value
+    number = torch.tensor(value, dtype=torch.float64)
+    dist.broadcast(number, 0)
+    return number.item()
+
+
+def parallel(objective):
+    """The objective, such that processes add up their gradients."""
+    if not dist.is_initialized():
+        return objective
+    return nn.parallel.DistributedDataParallel(objective, gradient_as_bucket_view=True)
+
+
+# --- save and resume: a run may be killed at any instant ---
+#
+#     out/NAME/                   the newest model, log.csv and samples.txt
+#     out/NAME/best/              the model with the best validation
+#     out/NAME/train_state.pt     what resuming needs: one file, written elsewhere, flushed and renamed
+
+
+def lock(folder):
+    """Claim a folder for this process. ValueError: another one has it. The file returned holds the lock."""
+    file = open(folder / ".lock", "a")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when the process ends
+    except OSError:
+        raise ValueError(f"another process is training in {folder}: choose another --out") from None
+    return file
+
+
+def make_folder(out):
+    """Make an empty folder for a new run and lock it; a run that is there is moved to NAME.1, NAME.2 ..."""
+    if out.exists() and any(out.iterdir()):
+        if not any((out / name).exists() for name in ("config.json", "log.csv", STATE)):
+            raise ValueError(f"{out} exists and holds no model: choose another --out")
+        held = lock(out)
+        k = 1
+        while (aside := out.with_name(f"{out.name}.{k}")).exists():
+            k += 1
+        if os.name == "nt":
+            held.close()  # Windows renames no folder in which a file is open, whoever opened it
+        out.rename(aside)
+        held.close()
+        print(f"{os.path.relpath(out)} existed and is now {os.path.relpath(aside)}")
+        if (aside / STATE).exists():
+            state = read_state(aside, mmap=True)
+            if not is_finished(state):
+                how = f"python {state['script']} --resume --out {os.path.relpath(aside)}"
+                print(f"it stopped after step {state['step']:,}; to go on with it: {how}")
+    out.mkdir(parents=True, exist_ok=True)
+    return lock(out)
+
+
+def save_state(out, state, model, optimizers):
+    """Write the file from which `restore` continues. state: whatever else the run wants to find again.
+
+    OSError: it cannot be written, as on a full disk; the file of the last save is untouched.
+    """
+    state = dict(state)
+    state["weights"] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    state["lengths"] = {name: (out / name).stat().st_size for name in ("log.csv", "samples.txt")}
+    unfinished = out / f"{STATE}.unfinished"
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, out / STATE)
+    except (OSError, RuntimeError) as error:  # PyTorch raises a RuntimeError for a full disk
+        raise OSError(f"{out / STATE} cannot be written: {error!s:.80}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_state(out, mmap=False):
+    """What save_state wrote. mmap: without reading the tensors. ValueError: the file is damaged."""
+    try:
+        return torch.load(out / STATE, map_location="cpu", weights_only=True, mmap=mmap)
+    except (EOFError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{out / STATE} is damaged: {' '.join(str(error).split()):.200}") from None
+
+
+def is_finished(state):
+    """Whether a run has taken all its steps."""
+    return state["step"] == state["settings"]["steps"]
+
+
+def find_run(out, script):
+    """The folder to resume: `out`, else the newest run of that script under out/, unfinished ones first."""
+    folders = [out] if out else sorted(OUT.glob("*"), key=lambda run: run.stat().st_mtime, reverse=True)
+    finished = None
+    for folder in folders:
+        if (folder / STATE).exists():
+            state = read_state(folder, mmap=True)
+            if state["script"] == script and not is_finished(state):
+                return folder
+            if state["script"] == script:
+                finished = finished or folder
+    if finished:
+        return finished
+    where = os.path.relpath(out) if out else "out"
+    raise ValueError(f"there is nothing to resume in {where}/: no saved run of {script}")
+
+
+def restore(out, state, model, optimizers):
+    """Bring model, optimizers, log and samples back to where a state was saved."""
+    unexpected = model.load_state_dict(state.pop("weights"), strict=False).unexpected_keys
+    assert not unexpected, unexpected
+    for optimizer, saved in zip(optimizers, state.pop("optimizers")):
+        optimizer.load_state_dict(saved)
+    rank, _ = rank_and_world()
+    if rank == 0:
+        for name, length in state["lengths"].items():
+            os.truncate(out / name, length)
+
+
+def refuse_changes(state, identity):
+    """ValueError: something that the run depends on is not what it began with."""
+    for what, value in identity.items():
+        if state["identity"].get(what) != value:
+            raise ValueError(f"the {what} has changed since the run began, so it cannot be resumed: {value}")
+
+
+@contextmanager
+def catch_signals():
+    """Inside, SIGINT and SIGTERM ask for a stop; a second one stops at once. Yields a function: asked?"""
+    asked = []
+
+    def handle(number, frame):
+        asked.append(time.monotonic())
+        if asked[-1] - asked[0] > 1:  # torchrun and the terminal may both send the first one
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- log.csv, samples.txt, the live line ---
+
+
+def show(name, text):
+    """Print a line of what is known about the run."""
     print(f"{name:10}{text}", flush=True)
 
 
-def in_common(args, device):
-    """The fields of a Run that pretraining and fine-tuning take alike from their arguments."""
-    names = ("steps", "eval_every", "save_every", "deterministic")
-    fields = {name: getattr(args, name) for name in names} | dict(seed=args.seed or 0, device=device)
-    return fields | dict(processes=processes()[1], threads=torch.get_num_threads())
+def check_finite(value, out):
+    """ValueError: the training has diverged, since a loss or a norm is not a finite number."""
+    if not math.isfinite(value):
+        best = out / "best"
+        found = f"the best model so far is in {best}" if best.exists() else "nothing was learned yet"
+        raise ValueError(f"the loss diverged: try a lower --lr; {found}")
 
 
-def settings(args, device):
-    """(Run, reasons): what follows from the arguments and the device alone. steps may still be None."""
-    on_cpu, minutes = device == "cpu", math.inf if args.steps else args.minutes or 3
-    T, rows = (1024, 128) if not on_cpu else (128, 16) if minutes >= 1 else (32, 32)
-    dtype, compiling = (args.dtype, "as asked"), (args.compile, "as asked")
-    if args.dtype is None:
-        dtype = machine.default_dtype(device)
-    if args.compile is None:
-        compiling = machine.default_compile(device, long=15 <= minutes < math.inf)
-    run = Run(
-        **in_common(args, device),
-        preset=args.preset or ("nano" if on_cpu else "small"),
-        block_size=args.block_size or T,
-        batch_size=args.batch_size or rows,
-        lr=args.lr or 0.03,  # of Muon; AdamW takes a tenth
-        weight_decay=0.1,
-        dropout=args.dropout or 0.0,
-        dtype=dtype[0],
-        compile=compiling[0],
-    )
-    if run.batch_size % run.processes:
-        raise ValueError(
-            f"--batch-size {run.batch_size} cannot be shared evenly by {run.processes} processes"
+def peak_memory(device):
+    """The most bytes in use so far, of the GPU or of this process; 0 where the system does not tell."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class Log:
+    """The lines of a run: all in log.csv; on the screen those with an evaluation and, live, the newest."""
+
+    FORMATS = {
+        "step": "",
+        "tokens": "",
+        "seconds": ".2f",
+        "train_loss": ".4f",
+        "val_bpb": ".4f",
+        "lr": ".6f",
+        "grad_norm": ".4f",
+        "tokens_per_second": ".0f",
+        "mfu": ".3f",
+        "memory_mb": ".0f",
+    }
+
+    def __init__(self, out, flops_per_token, settings, more_columns=()):
+        """flops_per_token: of training, for the share of the device's peak that a run makes use of (MFU)."""
+        self.device, self.tokens_at_peak = settings.device, peak_rate(settings) / flops_per_token
+        self.formats = self.FORMATS | dict.fromkeys(more_columns, ".4f")
+        self.on_terminal = sys.stdout.isatty()
+        rank, _ = rank_and_world()
+        self.file = open(out / "log.csv" if rank == 0 else os.devnull, "a", newline="", encoding="utf-8")
+        self.rows = csv.writer(self.file)
+        if self.file.tell() == 0:
+            self.rows.writerow(self.formats)
+            self.file.flush()
+        heads = f"{'step':>8} {'loss':>8} {'val bpb':>8} {'lr':>8} {'tokens/s':>9} {'MFU':>5} {'left':>8}"
+        print(f"\n{heads}", flush=True)
+
+    def write(self, values, left, keep, details=""):
+        """Add a line of {column: value}; left: seconds; keep: stay on the screen; details: below the line."""
+        values["mfu"] = values["tokens_per_second"] / self.tokens_at_peak
+        values["memory_mb"] = peak_memory(self.device) / 1e6
+        row = {}
+        for name, format_ in self.formats.items():
+            value = values.get(name)
+            row[name] = "" if value is None else format(value, format_)
+        self.rows.writerow(row.values())
+        self.file.flush()
+        line = f"{values['step']:8,} {values['train_loss']:8.4f} {row['val_bpb']:>8} {values['lr']:8.5f} "
+        line += (
+            f"{values['tokens_per_second']:9,.0f} {values['mfu']:5.0%} {timedelta(seconds=round(left))!s:>8}"
         )
-    return run, {"dtype": dtype[1], "compile": compiling[1]}
+        if keep:
+            print("\r\033[K" * self.on_terminal + line, flush=True)
+            if details:
+                print(f"{'':9}{details}", flush=True)
+        elif self.on_terminal:  # the next line overwrites this one
+            columns = shutil.get_terminal_size().columns
+            print(f"\r{line}  {details}"[:columns] + "\033[K", end="", flush=True)
 
 
-def plan(args, data, device):
-    """Derive what the arguments leave open, and print it with the reasons. Returns the Run."""
-    run, reasons = settings(args, device)
-    shape = shape_of(run, data.tokenizer.vocab_size)
-    n, per_step = shape.num_params(), run.batch_size * run.block_size
-    gemm = machine.gemm_rate(device, run.dtype)
-    say("model", f"{run.preset}: {n:,} parameters, {shape.n_layer} layers of {shape.n_embd}")
-    times = f"{run.processes} processes, each on " if run.processes > 1 else ""
-    say("device", f"{times}{device} with {run.threads} threads")
-    say("dtype", f"{run.dtype} for matrix products, {reasons['dtype']}: at most {gemm / 1e9:,.0f} GFLOP/s")
-    say("compile", f"{'yes' if run.compile else 'no'}: {reasons['compile']}")
-    run.micro_batch = machine.fit_micro_batch(shape, run, device)
-    parts = machine.training_memory(shape, run)
-    listed = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in parts.items())
-    say("memory", f"about {sum(parts.values()) / 1e6:,.0f} MB: {listed}")
-    flops = 3 * per_step * shape.flops_per_token(run.block_size)
-    seconds = 0 if args.steps else 60 * (args.minutes or 3)
-    with machine.explain_memory(shape, run):
-        step_seconds = per_step * measure_step(partial(begin, run, data, device), run, device, 0.03 * seconds)
-    mfu = flops / step_seconds / run.processes / gemm
-    say("a step", f"{1000 * step_seconds:,.0f} ms, {flops / 1e9:,.0f} GFLOPs: {mfu:.0%} of that rate (MFU)")
-    if run.deterministic and device == "cuda":
-        torch.use_deterministic_algorithms(False)
-        free = per_step * measure_step(partial(begin, run, data, device), run, device)
-        torch.use_deterministic_algorithms(True)
-        say("", f"without --deterministic {1000 * free:,.0f} ms")
-    n_evals = N_EVALS
-    if run.steps is None:
-        forward = step_seconds / 3 / per_step  # seconds for one token; evaluations go forward only
-        n_evals = max(1, min(N_EVALS, seconds // 10))
-        if run.eval_every:
-            n_evals = seconds / step_seconds / run.eval_every
-        evaluations = forward * ((n_evals + 1) * EVAL_TOKENS + len(data.val))
-        run.steps = max(1, int((seconds - min(evaluations, seconds / 2)) / step_seconds))
-    tokens, limit = run.steps * per_step, f" in {args.minutes or 3:g} minutes" if seconds else ""
-    epochs = tokens / len(data.train)
-    needed = f"{step_seconds * run.steps:,.0f} s and {flops * run.steps / 1e15:.3g} PFLOPs"
-    say("steps", f"{run.steps:,}{limit}, {needed}")
-    at_once = "" if run.micro_batch * run.processes == run.batch_size else f", {run.micro_batch} at a time"
-    say("batch", f"{run.batch_size} blocks of {run.block_size} tokens{at_once}")
-    say("text", f"{tokens:,} tokens, {tokens / n:.1f} for each parameter, {epochs:.1f} epochs")
-    if epochs > 4 and len(data.train) < n:
-        say("", "fewer tokens than parameters, seen again and again: take more text or a smaller --preset")
-    if args.dropout is None and epochs > 10:
-        run.dropout = 0.1
-        say("dropout", "0.1, since text that is seen more often than ten times is learned by heart")
-    if args.lr is None:  # fewer than 400 steps have to be larger ones
-        run.lr = round(0.03 * min(2, math.sqrt(max(1, 400 / run.steps))), 4)
-    run.warmup = max(1, min(50, run.steps // 5))
-    run.eval_every = run.eval_every or math.ceil(run.steps / n_evals)
-    run.save_every = run.save_every or run.eval_every
-    run.log_every = max(1, run.eval_every // 10)
-    say("rates", f"Muon {run.lr:g}, AdamW {run.lr / 10:g}: {run.warmup} steps up, the last 60 % down to zero")
-    say("start", f"a loss of {math.log(shape.vocab_size):.2f} = ln {shape.vocab_size}: an even guess")
-    return run
+def peak_rate(settings):
+    """FLOPs per second of large matrix products, on the devices of all processes together."""
+    return settings.processes * matmul_rate(settings.device, getattr(torch, settings.dtype))
+
+
+def add_sample(out, model, tokenizer, prompt, step):
+    """Add a line to samples.txt: the same prompt (ids) and the same random numbers, another model."""
+    rank, _ = rank_and_world()
+    if rank > 0:
+        return
+    specials = tokenizer.special_tokens.values()
+    model.eval()
+    steps = generate(model, [prompt], 30, stop_ids=specials, top_p=1, vocab_size=tokenizer.vocab_size)
+    text = tokenizer.decode(prompt + [new for (new,) in steps])
+    model.train()
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    with open(out / "samples.txt", "a", encoding="utf-8") as file:
+        file.write(f"{step:8,}  {line}\n")
+
+
+# --- command line ---
 
 
 def parse_arguments():
-    """The command line, checked."""
-    parser = argparse.ArgumentParser(description="Train a model on prepared data.")
-    add = parser.add_argument_group("what to train").add_argument
-    add("--data", metavar="NAME", help="folder under data/ (pystdlib)")
-    add("--out", metavar="DIR", help="where the model goes (out/NAME)")
-    add("--preset", choices=PRESETS, help="size of the model (nano on a CPU, small on a GPU)")
-    add("--seed", type=int, help="equal seeds draw equal weights and data order (0)")
-    add("--resume", action="store_true", help="go on with the newest run, or with the one in --out")
-    add = parser.add_argument_group("how long").add_argument
-    add("--minutes", type=float, help="what steps and evaluations may take (3)")
-    add("--steps", type=int, help="a fixed number of steps instead: the same digits every time")
-    add("--eval-every", type=int, metavar="STEPS", help="steps between evaluations (a tenth of all)")
-    add("--save-every", type=int, metavar="STEPS", help="steps between checkpoints (as evaluations)")
-    add = parser.add_argument_group("details that are chosen for you").add_argument
-    add("--block-size", type=int, metavar="TOKENS", help="tokens that the model sees at once")
-    add("--batch-size", type=int, metavar="BLOCKS", help="blocks per step, over all processes")
-    add("--lr", type=float, help="learning rate of Muon; AdamW takes a tenth of it")
-    add("--dropout", type=float, help="share of every branch's output that training leaves out")
-    add("--dtype", choices=("float32", "bfloat16"), help="in which matrices are multiplied")
-    add("--compile", action=argparse.BooleanOptionalAction, help="compile the model (where it pays)")
-    add("--deterministic", action="store_true", help="exact on a GPU too, at a cost that is printed")
-    add("--device", help="cpu, cuda or mps (the fastest that there is)")
+    parser = argparse.ArgumentParser(description="Train a model on prepared data.", exit_on_error=False)
+    what = parser.add_argument_group("what to train")
+    what.add_argument("--data", metavar="NAME", help="folder under data/ (pystdlib)")
+    what.add_argument("--preset", choices=PRESETS, help="size of the model (nano on a CPU, small on a GPU)")
+    what.add_argument("--block-size", type=positive_int, metavar="TOKENS", help="tokens that it sees at once")
+    what.add_argument("--dropout", type=below_one, help="share of each branch left out (0.1 after 10 epochs)")
+    add_common_arguments(parser)
+    how = parser.add_argument_group("how fast")
+    how.add_argument("--lr", type=positive_float, help="learning rate of Muon; AdamW takes a tenth (0.03)")
+    how.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on a GPU)")
     args = parser.parse_args()
-    positive = ("minutes", "steps", "eval_every", "save_every", "block_size", "batch_size", "lr")
-    check_arguments(args, parser, positive, {"seed": 2**32, "dropout": 1}, {"out", "data", "device"})
-    if args.minutes and args.steps:
-        raise ValueError("--minutes and --steps exclude each other")
+    refuse_with_resume(args, parser, allowed=("out", "data", "device"))
     return args
 
 
-def check_arguments(args, parser, positive, limits, kept):
-    """ValueError for numbers that are not above 0 (positive), for others that are not below their limit (and
-    at least 0), and for what does not go with --resume, which is all but what is `kept`.
-    """
+def add_common_arguments(parser):
+    """The options that train.py and finetune.py share."""
+    run = parser.add_argument_group("the run")
+    run.add_argument("--out", metavar="DIR", help="where the model goes (under out/)")
+    run.add_argument("--resume", action="store_true", help="continue the newest run, or the one in --out")
+    run.add_argument("--seed", type=seed_number, help="equal seeds draw equal numbers (0)")
+    limit = run.add_mutually_exclusive_group()
+    limit.add_argument("--minutes", type=positive_float, help="time for steps and evaluations (3)")
+    limit.add_argument("--steps", type=positive_int, help="their number instead: the same digits every time")
+    run.add_argument("--batch-size", type=positive_int, metavar="ROWS", help="per step, over all processes")
+    run.add_argument("--eval-every", type=positive_int, metavar="STEPS", help="(a tenth of the run)")
+    run.add_argument("--save-every", type=positive_int, metavar="STEPS", help="(with every evaluation)")
+    run.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products (the fastest)")
+    run.add_argument("--deterministic", action="store_true", help="exact on a GPU too, but slower")
+    run.add_argument("--device", choices=("cpu", "cuda", "mps"), help="(the fastest of this machine)")
+    return limit
+
+
+def below_one(text):
+    """A number from 0 to 1, not 1 itself, for argparse."""
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0 and below 1")
+    return float(text)
+
+
+def seed_number(text):
+    """A whole number that every generator takes, for argparse."""
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0 and below 2^32")
+    return int(text)
+
+
+def refuse_with_resume(args, parser, allowed):
+    """ValueError: --resume stands beside an option that the run has decided."""
     for name, value in vars(args).items():
-        option = f"--{name.replace('_', '-')}"
-        if name in positive and value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{option} {value} must be above 0")
-        if name in limits and not 0 <= (value or 0) < limits[name]:
-            raise ValueError(f"{option} {value} must be at least 0 and below {limits[name]}")
-        if args.resume and name not in {"resume", *kept} and value != parser.get_default(name):
-            raise ValueError(f"{option}: a resumed run keeps its settings, leave it out")
-    if args.device not in (None, "cpu", "cuda", "mps"):
-        raise ValueError(f"--device {args.device} must be cpu, cuda or mps")
+        if args.resume and name not in ("resume", *allowed) and value != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')}: a resumed run keeps its settings, leave it out")
+
+
+def choose_dtype(device):
+    """The name of the dtype in which the first process's device multiplies fastest, for all processes."""
+    return "bfloat16" if from_first_process(fast_dtype(device) == torch.bfloat16) else "float32"
+
+
+def schedule_settings(args):
+    """The fields of Settings that say how long a run is; under --minutes most follow from the clock later."""
+    fields = dict(steps=args.steps, eval_every=args.eval_every, save_every=args.save_every)
+    if args.steps:
+        return fields | dict(minutes=None, fall=0.4 * args.steps, warmup=max(1, min(50, args.steps // 5)))
+    return fields | dict(minutes=args.minutes or 3, fall=None, warmup=50)
+
+
+def choose_settings(args, device):
+    """Settings from the arguments and, where they are silent, from the device and the length of the run."""
+    _, world = rank_and_world()
+    on_gpu, short = device == "cuda", args.minutes is not None and args.minutes < 1
+    if on_gpu:
+        block_size, batch_size = 1024, 128
+    elif short:
+        block_size, batch_size = 32, 32  # more and smaller steps
+    else:
+        block_size, batch_size = 128, 16
+    batch_size = args.batch_size or batch_size
+    if batch_size % world:
+        raise ValueError(f"--batch-size {batch_size} cannot be shared evenly by {world} processes")
+    n_steps = args.steps or 1600 * (args.minutes or 3)  # the latter roughly, on two CPU cores
+    larger = min(2, math.sqrt(max(1, 400 / n_steps)))  # fewer than 400 steps have to be larger ones
+    return Settings(
+        seed=args.seed or 0,
+        preset=args.preset or ("small" if on_gpu else "nano"),
+        block_size=args.block_size or block_size,
+        batch_size=batch_size,
+        micro_batch=batch_size // world,
+        lr=args.lr or round(0.03 * larger, 4),
+        weight_decay=0.1,
+        dropout=args.dropout,
+        dtype=args.dtype or choose_dtype(device),
+        device=device,
+        processes=world,
+        compile=on_gpu if args.compile is None else args.compile,
+        deterministic=args.deterministic,
+        **schedule_settings(args),
+    )
+
+
+def show_plan(settings, data):
+    """Print what was chosen, before the first step."""
+    config = model_config(settings, data)
+    n, V = config.num_params(), config.vocab_size
+    show("model", f"{settings.preset}: {n:,} parameters, {config.n_layer} layers of {config.n_embd}")
+    where = f"{settings.device} with {torch.get_num_threads()} threads"
+    if settings.processes > 1:
+        where = f"{settings.processes} processes, each on {where}"
+    show("device", f"{where}; {settings.dtype} products, at most {peak_rate(settings) / 1e9:,.0f} GFLOP/s")
+    show("batch", f"{settings.batch_size} blocks of {settings.block_size} tokens")
+    if settings.steps:
+        show("steps", f"{settings.steps:,}")
+        show_text(settings, data)
+    else:
+        show(
+            "time", f"{settings.minutes:g} minutes; how many steps fit is decided when 40 % of them are over"
+        )
+    rates = f"Muon {settings.lr:g}, AdamW {settings.lr / 10:g}"
+    show("rates", f"{rates}: {settings.warmup} steps up, constant, the last 60 % down to zero")
+    show("start", f"a loss of {math.log(V):.2f} = ln {V}: an even guess")
+
+
+def show_text(settings, data):
+    """Print how much text a run reads."""
+    tokens, n = settings.steps * settings.batch_size * settings.block_size, len(data.train)
+    n_params = model_config(settings, data).num_params()
+    show("text", f"{tokens:,} tokens, {tokens / n_params:.1f} for each parameter, {tokens / n:.1f} epochs")
+    if tokens > 4 * n and n < n_params:
+        show("", "fewer tokens than parameters, seen many times: take more text or a smaller --preset")
+
+
+def open_data(name):
+    """Prepared data by name; the first process prepares a known corpus while the others wait."""
+    rank, _ = rank_and_world()
+    if rank == 0:
+        find_data(name)
+    from_first_process(0)
+    return load_data(find_data(name))
+
+
+def model_config(settings, data):
+    """The shape of the model that a run trains."""
+    return Config(data.tokenizer.vocab_size, settings.block_size, **PRESETS[settings.preset])
+
+
+def identity_of(data):
+    """What must be unchanged when a run is resumed."""
+    return {"text": data.fingerprint, "tokenizer": data.tokenizer.fingerprint}
+
+
+def saved_settings(state, out, device):
+    """The Settings of a run to resume, on this device and with this number of processes."""
+    _, world = rank_and_world()
+    settings = Settings(**state["settings"])
+    show("resumed", f"{os.path.relpath(out)} after step {state['step']:,}")
+    if (settings.device, settings.processes) != (device, world):
+        began = f"{settings.processes} x {settings.device}, now {world} x {device}"
+        show("", f"it began on {began}: the same but for rounding and dropout")
+        settings.device, settings.processes = device, world
+        settings.micro_batch = max(1, settings.batch_size // world)
+    return settings
+
+
+def train(settings, data, out, state=None):
+    """Train a model from its first step or, given the saved state of a run, from there on.
+
+    Leaves in `out` what the section "save and resume" lists. Returns the number of steps taken, and the bits
+    per byte of all held-out text (None: it was not measured now).
+    """
+    rank, world = rank_and_world()
+    device, tokenizer = settings.device, data.tokenizer
+    config = model_config(settings, data)
+    torch.manual_seed(settings.seed)
+    model = Transformer(config).to(device).train()
+    optimizers = make_optimizers(model, settings.lr, settings.weight_decay, getattr(torch, settings.dtype))
+    blocks = Blocks(data.train, settings.block_size, settings.seed)
+    read_batch = partial(blocks.batch, batch_size=settings.batch_size, rank=rank, world=world)
+    prompt = data.val[:8].tolist()
+    step, seconds, best, bpb = 0, 0.0, math.inf, None
+    loss_sum, n_summed = torch.zeros((), device=device), 0  # over the steps since the last line of the log
+    if state:
+        restore(out, state, model, optimizers)
+        step, seconds, best, n_summed = (state[name] for name in ("step", "seconds", "best", "n_summed"))
+        if rank == 0:
+            loss_sum += state["loss_sum"]
+            model.save(out, tokenizer)  # in case the run was killed between its two saves
+        if step == settings.steps:
+            return step, None
+    else:
+        add_sample(out, model, tokenizer, prompt, step)
+
+    objective = NextTokenLoss(model)
+    if settings.compile:
+        objective.compile(dynamic=False)
+    fit_micro_batch(objective, read_batch(step), settings)
+    objective = parallel(objective)
+    batches = read_ahead(read_batch, step, pin_memory=device == "cuda")
+    n_targets = settings.batch_size * settings.block_size  # in a step
+    log = Log(out, 3 * config.flops_per_token(settings.block_size), settings)
+    pace = Pace(settings, step, seconds, len(data.val) / EVAL_TOKENS)
+    saved, stop = seconds, False
+    with catch_signals() as stop_asked:
+        while step != settings.steps and not stop:
+            rate = learning_rate(step, pace.done, settings)
+            set_dropout(model, step, settings, blocks)
+            losses, norm = training_step(objective, optimizers, next(batches), n_targets, rate, settings)
+            loss_sum += losses.sum()
+            n_summed += 1
+            step += 1
+            stop = from_first_process(stop_asked())
+            evaluating, logging = pace.advance(step)
+
+            if logging:
+                loss = sum_over_processes(loss_sum.item()) / (n_summed * n_targets)  # waits for the device
+                check_finite(loss + norm.item(), out)
+                loss_sum.zero_()
+                n_summed = 0
+                values = {
+                    "step": step,
+                    "tokens": step * n_targets,
+                    "train_loss": loss,
+                    "lr": rate * settings.lr,
+                    "grad_norm": norm.item(),
+                    "tokens_per_second": n_targets / pace.end_lap(step),
+                    "seconds": pace.seconds,
+                }
+                if pace.decide_steps(step):
+                    show_text(settings, data)
+
+            if evaluating:
+                with autocast(settings):
+                    n_blocks = max(1, EVAL_TOKENS // settings.block_size)
+                    bpb = bits_per_byte(model, data.val, tokenizer.bytes_per_token, n_blocks)
+                    check_finite(bpb, out)
+                    if bpb < best and rank == 0:
+                        model.save(out / "best", tokenizer)
+                    best = min(best, bpb)
+                    if step == settings.steps:
+                        bpb = bits_per_byte(model, data.val, tokenizer.bytes_per_token)
+                values["val_bpb"] = bpb
+                add_sample(out, model, tokenizer, prompt, step)
+
+            if logging:
+                log.write(values, pace.left(step), keep=evaluating)
+
+            save_asked = settings.save_every and step % settings.save_every == 0
+            if evaluating or stop or save_asked or pace.seconds - saved > SAVE_SECONDS:
+                total = sum_over_processes(loss_sum.item())
+                check_finite(total + norm.item(), out)  # or the weights are useless
+                if rank == 0:
+                    state = {
+                        "script": "train.py",
+                        "data": data.name,
+                        "identity": identity_of(data),
+                        "settings": asdict(settings),
+                        "step": step,
+                        "seconds": pace.seconds,
+                        "best": best,
+                        "loss_sum": total,
+                        "n_summed": n_summed,
+                    }
+                    save_state(out, state, model, optimizers)
+                    model.save(out, tokenizer)
+                saved = pace.seconds
+            if logging:
+                pace.begin_lap(step, evaluating)
+    return step, bpb if step == settings.steps else None
 
 
 def main():
     args = parse_arguments()
-    sys.stdout.reconfigure(errors="replace")  # no sample should end a run on a terminal of few characters
     out = Path(args.out).resolve() if args.out else None
     state = None
     if args.resume:
-        out, state = checkpoint.find_run(out, "pretraining")
-        args.deterministic, began_on = state["run"]["deterministic"], state["run"]["device"]
-        args.device = args.device or began_on
-    device = machine.start(args.device, args.deterministic)
-    rank, world = processes()
-    name = args.data or (state["data"] if state else "pystdlib")
+        out = find_run(out, "train.py")
+        state = read_state(out)
+        args.deterministic = state["settings"]["deterministic"]
+        args.device = args.device or state["settings"]["device"]
+        args.data = args.data or state["data"]
+    device = start(args.device, args.deterministic)
+    data = open_data(args.data or "pystdlib")
+    show("data", f"{data.name}: {len(data.train):,} tokens for training, {len(data.val):,} held out")
+    if state:
+        refuse_changes(state, identity_of(data))
+        settings = saved_settings(state, out, device)
+    else:
+        settings = choose_settings(args, device)
+        show_plan(settings, data)
+        out = out or OUT / data.name
+    rank, _ = rank_and_world()
+    held = None  # the folder is locked as long as this file is open
     if rank == 0:
-        find_data(name)  # which may prepare it
-    over_processes(0)  # the others wait for that
-    data = load_data(find_data(name))
-    say("data", f"{name}: {len(data.train):,} tokens for training, {len(data.val):,} held out")
-    same_machine = state and (began_on, state["run"]["processes"]) == (device, world)
-    threads = state["run"]["threads"] if same_machine else machine.default_threads()
-    with machine.set_up(device, threads, args.deterministic):
-        if state:
-            run = Run(**state["run"])
-            checkpoint.refuse_changes(state, identity(run, data))
-            if state["step"] == run.steps:
-                if rank == 0:
-                    checkpoint.settle(out, state)  # should it have been killed just before that
-                print(f"{os.path.relpath(out)} is finished: {run.steps:,} steps, nothing is left to do")
-                return
-            say("resumed", f"{os.path.relpath(out)} after step {state['step']:,} of {run.steps:,}")
-            if (run.device, run.processes) != (device, world):
-                began = f"{run.processes} x {run.device}, now {world} x {device}"
-                say("", f"it began on {began}: the same but for rounding and the dice of dropout")
-        else:
-            run = plan(args, data, device)
-            out = out or OUT / name
-            if rank == 0:
-                checkpoint.make_room(out)
-            state = fresh_state(run, "pretraining", data=name) | identity(run, data)
-        shape = shape_of(run, data.tokenizer.vocab_size)
-        with machine.explain_memory(shape, run), checkpoint.catch_signals() as stop_asked:
-            stage = begin(run, data, device)
-            step, values = train(run, stage, out, device, state, stop_asked)
-    if world > 1:
-        dist.destroy_process_group()
+        held = lock(out) if state else make_folder(out)
+    from_first_process(0)  # the others wait
+    step, bpb = train(settings, data, out, state)
     place = os.path.relpath(out)
-    if values is None:
+    if step != settings.steps:
         print(f"\nstopped after step {step:,}; to go on: python train.py --resume --out {place}")
+    elif bpb is None:
+        print(f"{place} is finished: {step:,} steps, nothing is left to do")
+    else:
+        print(f"\n{bpb:.4f} bits per byte of held-out text after {step:,} steps; the model is in {place}/")
+        print("\nThe same prompt, step by step:\n")
+        print((out / "samples.txt").read_text(encoding="utf-8"))
+        print(f"next: python sample.py --model {place}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if held:
+        held.close()
+    if step != settings.steps:
         sys.exit(130)
-    bpb = f"{values['val_bpb']:.4f} bits per byte of held-out text"
-    print(f"\n{bpb} after {step:,} steps; the model is in {place}/")
-    print("\nThe same prompt, step by step:\n")
-    print((out / "samples.txt").read_text(encoding="utf-8"))
-    print(f"next: python sample.py --model {place}")
+
+
+def run(main):
+    """Run a script's main(): a user's mistake ends in one line on stderr and exit status 2, Ctrl-C in 130."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, argparse.ArgumentError) as error:
+        message = str(error)
+    except RuntimeError as error:
+        message = f"{str(error).splitlines()[0]:.150}"
+        if is_out_of_memory(error):
+            message = f"out of memory: {message}; take a smaller --batch-size or --block-size"
+        elif isinstance(error, dist.DistError) or re.search("onnection|imed out", str(error)):
+            message = f"the processes lost each other, so this one ends, too: {message}"
+        else:
+            raise
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        machine.explain_lost_processes(error)
+    run(main)

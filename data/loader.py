@@ -1,6 +1,6 @@
-"""From token ids on disk to batches: stage 0's other end, which train.py reads.
+"""From token ids on disk to batches for train.py.
 
-Training goes through the blocks of the text in an order that is computed, not stored: each epoch all of them,
+The order in which training reads the blocks of a text is computed, not stored: each epoch takes all of them
 once, shuffled anew. So the place of a run in its data is one number, and memory does not grow with the text.
 """
 
@@ -18,91 +18,69 @@ from tokenizer import Tokenizer
 IGNORED = -100  # as a target: not to be predicted
 
 
-class Tokens:
-    """The token ids of one split on disk, one file or several, read as one array.
+# --- prepared data ---
 
-    sizes: how many tokens of it each source has, one after the other.
-    """
 
-    def __init__(self, folder, split, dtype, sizes=()):
-        single = Path(folder) / f"{split}.bin"
-        paths = [single] if single.exists() else sorted(Path(folder).glob(f"{split}_*.bin"))
-        n_bytes = [path.stat().st_size for path in paths]
-        if not paths or 0 in n_bytes or any(n % np.dtype(dtype).itemsize for n in n_bytes):
-            raise ValueError(f"{single} is missing or cut off: prepare the data again")
-        self.parts = [np.memmap(path, dtype=dtype, mode="r") for path in paths]
-        self.starts = np.cumsum([0] + [len(part) for part in self.parts])
-        self.borders = np.cumsum(sizes[:-1])  # between sources
-
-    def __len__(self):
-        return int(self.starts[-1])
-
-    def read(self, start, count):
-        """Ids start ... start + count, as an int64 array."""
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        pieces = []
-        for part, offset in zip(self.parts[first:], self.starts[first:]):
-            pieces.append(part[max(0, start - offset) : start + count - offset])
-            if start + count <= offset + len(part):
-                break
-        return np.concatenate(pieces).astype(np.int64)
-
-    def source_of(self, positions):
-        """The number of the source in which each of these tokens stands, as a tensor."""
-        return torch.from_numpy(np.searchsorted(self.borders, positions, side="right"))
+def open_tokens(folder, split, dtype):
+    """The token ids of a split ("train" or "val") as an array that is read from the disk where it is used."""
+    path = folder / f"{split}.bin"
+    n_bytes = path.stat().st_size if path.exists() else 0
+    if n_bytes == 0 or n_bytes % np.dtype(dtype).itemsize:
+        raise ValueError(f"{path} is missing or cut off: prepare the data again")
+    return np.memmap(path, dtype=dtype, mode="r")
 
 
 @dataclass
 class Data:
-    """Prepared data, opened."""
+    """A folder of prepared data, opened."""
 
     name: str
     tokenizer: Tokenizer
-    train: Tokens
-    val: Tokens
-    fingerprint: str  # of all ids
-    sources: list  # the names of what the text came from, if it was several
+    train: np.ndarray  # of ids
+    val: np.ndarray
+    fingerprint: str  # a hash of all ids
 
 
 def find_data(name):
-    """The folder of prepared data; a known corpus is prepared now if it is missing."""
+    """The folder of prepared data; a known corpus is prepared now if it is missing. ValueError: not found."""
     folder = DATA / name
-    if Path(name).name != name or not (folder / "meta.json").exists():
-        if name not in SOURCES:
-            ready = ", ".join(sorted(path.parent.name for path in DATA.glob("*/tokenizer.json"))) or "none"
-            known = f"prepared are {ready}, known are {', '.join(SOURCES)}"
-            raise ValueError(f"no data named {name!r}: {known}; your own: `python data/prepare.py PATH`")
-        prepare([name])
-    return folder
+    if Path(name).name == name and (folder / "meta.json").exists():
+        return folder
+    if name not in SOURCES:
+        ready = ", ".join(sorted(path.parent.name for path in DATA.glob("*/tokenizer.json"))) or "none"
+        known = f"prepared are {ready}, known are {', '.join(SOURCES)}"
+        raise ValueError(f"no data named {name!r}: {known}; your own: `python data/prepare.py PATH`")
+    return prepare([name])
 
 
 def load_data(folder):
-    """Open a folder of prepared data. ValueError: it is damaged or of an older version."""
+    """Open a folder of prepared data as Data. ValueError: it is damaged or of an older version."""
     again = f"prepare it again: `python data/prepare.py ... --name {folder.name}`"
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        dtype, n_tokens, prints = meta["dtype"], meta["tokens"], meta["fingerprint"]
-        expected, fingerprint = meta["tokenizer"], prints["train"] + prints["val"]
-        sources = meta.get("tokens_of_source", {})
+        dtype, n_tokens, expected = meta["dtype"], meta["tokens"], meta["tokenizer"]
+        fingerprint = meta["fingerprint"]["train"] + meta["fingerprint"]["val"]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise ValueError(f"{folder}/meta.json is damaged or of an older version: {again}") from None
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if tokenizer.fingerprint != expected:
         raise ValueError(f"{folder}/tokenizer.json is not the tokenizer that made the data: {again}")
-    sizes = {split: [sizes[split] for sizes in sources.values()] for split in n_tokens}
-    train, val = (Tokens(folder, split, dtype, sizes[split]) for split in ("train", "val"))
-    for split, tokens in (("train", train), ("val", val)):
+    splits = {split: open_tokens(folder, split, dtype) for split in ("train", "val")}
+    for split, tokens in splits.items():
         if len(tokens) != n_tokens[split]:
             wrong = f"{len(tokens):,} tokens, not {n_tokens[split]:,}"
             raise ValueError(f"{folder}/{split}.bin has {wrong}: {again}")
-    return Data(folder.name, tokenizer, train, val, fingerprint, list(sources))
+    return Data(folder.name, tokenizer, splits["train"], splits["val"], fingerprint)
+
+
+# --- batches for training ---
 
 
 def permute(i, n, key):
     """The i-th element of a pseudo-random permutation of range(n), computed, not stored.
 
-    A Feistel network (Luby and Rackoff, 1988) maps numbers of 2b bits one to one, however it mixes; a result
-    beyond n is mapped again.
+    A Feistel network (Luby and Rackoff, 1988) maps numbers of 2b bits one to one, whatever function mixes the
+    halves; a result that is not below n is mapped again.
     """
     b = max(1, ((n - 1).bit_length() + 1) // 2)
     low = (1 << b) - 1
@@ -118,7 +96,7 @@ def permute(i, n, key):
 
 
 class Blocks:
-    """The order of training: each epoch all blocks of T + 1 tokens, shuffled anew, cut at another phase."""
+    """The batches of training: each epoch takes all blocks of T + 1 tokens, shuffled and cut anew."""
 
     def __init__(self, tokens, block_size, seed):
         self.tokens, self.block_size, self.seed = tokens, block_size, seed
@@ -127,52 +105,53 @@ class Blocks:
             few = f"{len(tokens):,} tokens for training are too few for blocks of {block_size}"
             raise ValueError(f"{few}: take more text or a smaller --block-size")
 
-    def batch(self, position, count, rank=0, world=1):
-        """ids, targets (n, T), the number of targets (n,) and the source (n,) of n = count / world blocks: of
-        `count` after the run's first `position` ones, those that process `rank` of `world` takes.
-        """
-        T, starts = self.block_size, []
-        for p in range(position + rank, position + count, world):
-            epoch, i = divmod(p, self.per_epoch)
+    def batch(self, step, batch_size, rank=0, world=1):
+        """ids and targets (n, T) of a step: process `rank` of `world` gets n = batch_size / world blocks."""
+        T = self.block_size
+        blocks = []
+        for position in range(step * batch_size + rank, (step + 1) * batch_size, world):
+            epoch, i = divmod(position, self.per_epoch)
             phase = permute(epoch % T, T, self.seed)
-            starts.append(phase + T * permute(i, self.per_epoch, self.seed + 1000003 * epoch))
-        both = torch.from_numpy(np.stack([self.tokens.read(start, T + 1) for start in starts]))
-        counts, sources = torch.full([len(starts)], T), self.tokens.source_of(starts)
-        return both[:, :-1].contiguous(), both[:, 1:].contiguous(), counts, sources
+            start = phase + T * permute(i, self.per_epoch, self.seed + 1000003 * epoch)
+            blocks.append(self.tokens[start : start + T + 1])
+        both = torch.from_numpy(np.stack(blocks).astype(np.int64))  # (n, T + 1)
+        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
-def read_ahead(read, position, pin=False):
-    """Yield read(position), read(position + 1) ... without end, each made while the one before is worked on.
+def read_ahead(read_batch, step, pin_memory=False):
+    """Yield read_batch(step), read_batch(step + 1) ... forever, each read while the one before is in use.
 
-    read returns tensors; pin: into memory that a GPU can fetch by itself.
+    read_batch returns a tuple of tensors. pin_memory: a GPU then copies them while it computes.
     """
 
-    def get(position):
-        tensors = read(position)
-        return tuple(tensor.pin_memory() for tensor in tensors) if pin else tensors
+    def read(step):
+        tensors = read_batch(step)
+        return tuple(tensor.pin_memory() for tensor in tensors) if pin_memory else tensors
 
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(get, position)
+        following = pool.submit(read, step)
         while True:
-            position += 1
-            ready, ahead = ahead, pool.submit(get, position)
-            yield ready.result()
+            step += 1
+            batch, following = following, pool.submit(read, step)
+            yield batch.result()
+
+
+# --- batches for validation ---
 
 
 def validation_batches(tokens, block_size, n_blocks=None, batch_size=32, rank=0, world=1):
-    """Yield n_blocks evenly spaced blocks (None: all), as Blocks.batch returns them, batch_size at a time.
+    """Yield ids and targets (n, T) of n_blocks evenly spaced blocks (None: all), n = batch_size or fewer.
 
-    Every process of `world` gets as many batches; what has to be filled up is IGNORED as a target.
+    Process `rank` of `world` gets its share. Behind the end of the text, targets are IGNORED.
     """
     T = block_size
     total = (len(tokens) - 2) // T + 1
     chosen = np.unique(np.linspace(0, total - 1, min(n_blocks or total, total)).astype(int))
-    for first in range(0, len(chosen), batch_size * world):
-        mine = chosen[first + rank * batch_size :][:batch_size]
-        rows = np.full((min(batch_size, len(chosen)), T + 1), IGNORED)
-        for row, block in zip(rows, mine):
-            ids = tokens.read(block * T, T + 1)
+    mine = chosen[rank::world]
+    for first in range(0, len(mine), batch_size):
+        blocks = mine[first : first + batch_size]
+        rows = np.full((len(blocks), T + 1), IGNORED)
+        for row, block in zip(rows, blocks):
+            ids = tokens[block * T : block * T + T + 1]
             row[: len(ids)] = ids
-        sources = tokens.source_of(np.resize(mine * T, len(rows)))  # of filled-up rows, any
-        targets = torch.from_numpy(rows[:, 1:])
-        yield torch.from_numpy(rows[:, :-1].clip(0)), targets, (targets != IGNORED).sum(1), sources
+        yield torch.from_numpy(rows[:, :-1].clip(0)), torch.from_numpy(rows[:, 1:])

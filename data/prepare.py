@@ -5,8 +5,9 @@
     python data/prepare.py PATH... --name NAME    your own files or folders: .txt .md .py .rst .jsonl
 
 Writes to data/NAME/: train.bin and val.bin (token ids, little-endian, <|endoftext|> after every document),
-tokenizer.json and meta.json. The text streams: documents are read three times (to split them, to learn the
-vocabulary, to encode them) and never held, so memory does not grow with the corpus.
+tokenizer.json and meta.json. Documents are read three times (to split them, to learn the vocabulary, to
+encode them) and never held, so memory does not grow with the corpus. On a first reading, read `prepare` and
+`write_tokens`.
 """
 
 import argparse
@@ -20,6 +21,9 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+import time
+import urllib.error
+import urllib.request
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +35,6 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.download import Progress, download  # noqa: E402
 from tokenizer import GPT4_PATTERN, SPECIAL_TOKENS, WORDS_PATTERN, Tokenizer, map_batches  # noqa: E402
 
 VERSION = 1  # of the files written here
@@ -39,7 +42,6 @@ DATA = ROOT / "data"
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl")
 VAL_SHARE = 0.05
 FEW_DOCUMENTS = 20
-SHARD_TOKENS = 2**29  # a longer stream of tokens is cut into files of this many
 END_OF_TEXT = SPECIAL_TOKENS[0]
 
 TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -51,7 +53,69 @@ DOWNLOADS = {  # name -> [(URL, SHA-256 or None)]
 SOURCES = ("pystdlib", *DOWNLOADS)
 
 
-# --- documents: (parts of its text, "train" or "val" where its publisher has decided that, its source) ---
+# --- downloads, and a live line of progress ---
+
+
+class Progress:
+    """A line that shows how far a phase has come: updated in place on a terminal, else every ten seconds."""
+
+    def __init__(self, label, total_bytes):
+        self.label, self.total_bytes = label, total_bytes
+        self.start = self.shown = time.time()
+        self.terminal = sys.stderr.isatty()
+
+    def show(self, share):
+        """Show that this share of the whole, 0 to 1, is done."""
+        now = time.time()
+        if now - self.shown < (0.2 if self.terminal else 10) or share <= 0:
+            return
+        self.shown, seconds = now, now - self.start
+        rate = share * self.total_bytes / seconds / 1e6
+        line = f"{self.label} {share:4.0%}  {rate:.1f} MB/s  {seconds / share - seconds:.0f} s left"
+        print(f"\r{line}\033[K" if self.terminal else f"{line}\n", end="", file=sys.stderr, flush=True)
+
+    def done(self, result):
+        """Replace the live line by a final one."""
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        print(f"{self.label}: {result}, {time.time() - self.start:.1f} s", flush=True)
+
+
+def download(url, folder, sha256=None):
+    """Fetch a file into a folder unless it is there; only a complete, verified file gets its name."""
+    path = folder / url.rsplit("/", 1)[1]
+    if path.exists():
+        return path
+    unfinished = path.with_name(path.name + ".unfinished")
+    digest, done = hashlib.sha256(), 0
+    try:
+        response = urllib.request.urlopen(url, timeout=30)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with response, open(unfinished, "wb") as file:
+            total = int(response.headers.get("Content-Length") or 0)
+            progress = Progress(f"downloading {path.name}", total)
+            while block := response.read(2**20):
+                digest.update(block)
+                file.write(block)
+                done += len(block)
+                progress.show(done / max(total, done))
+        if done < total:
+            raise ValueError(f"the download of {url} stopped after {done} of {total} bytes: try again")
+        if sha256 not in (None, digest.hexdigest()):
+            raise ValueError(f"{url} is not the file that was published: its SHA-256 is {digest.hexdigest()}")
+        unfinished.rename(path)
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        raise ValueError(
+            f"can't download {url} ({getattr(error, 'reason', error)}): "
+            "get the file some other way and run `python data/prepare.py FILE --name NAME`"
+        ) from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+    progress.done(f"{done / 1e6:.1f} MB")
+    return path
+
+
+# --- documents: (parts of its text, "train" or "val" where its publisher has decided that, else None) ---
 
 
 def decode(raw, path, damaged):
@@ -120,45 +184,40 @@ def stdlib_files():
 
 
 def text_files(paths):
-    """The files with text under the given paths, in a fixed order, each with the number of its path.
-
-    What is passed over is counted aloud.
-    """
-    files, others = [], 0
-    for source, path in enumerate(map(Path, paths)):
+    """The files with text under the given paths, in a fixed order. Files of other kinds are counted aloud."""
+    files, n_others = [], 0
+    for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"no file, folder or corpus named {path}; the corpora are {', '.join(SOURCES)}")
         inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         chosen = [p for p in inside if p.suffix.lower() in TEXT_SUFFIXES]
-        files += [(p, source) for p in chosen]
-        others += len(inside) - len(chosen)
-    if others:
-        print(f"passed over {others} files that are not {' '.join(TEXT_SUFFIXES)}")
+        files += chosen
+        n_others += len(inside) - len(chosen)
+    if n_others:
+        print(f"passed over {n_others} files that are not {' '.join(TEXT_SUFFIXES)}")
     return files
 
 
 def find_documents(sources, field, damaged):
     """Return a function that starts a fresh pass over the documents of a named corpus or of paths.
 
-    The source of a document is the number of its path. A pass counts the stray bytes of files that are not
-    UTF-8 in `damaged`.
+    field: see jsonl_documents. A pass counts the stray bytes of files that are not UTF-8 in `damaged`.
     """
     if sources == ["pystdlib"]:
-        files = [(path, 0) for path in stdlib_files()]
+        files = list(stdlib_files())
     elif len(sources) == 1 and sources[0] in DOWNLOADS:
-        files = [(download(url, DATA / "downloads", digest), 0) for url, digest in DOWNLOADS[sources[0]]]
+        files = [download(url, DATA / "downloads", sha256) for url, sha256 in DOWNLOADS[sources[0]]]
     else:
         files = text_files(sources)
 
     def documents():
-        for i, (path, source) in enumerate(files):
+        for i, path in enumerate(files):
             if sources == ["tinystories"]:
-                found = story_documents(path, ("train", "val")[i], damaged)
+                yield from story_documents(path, ("train", "val")[i], damaged)
             elif path.suffix.lower() == ".jsonl":
-                found = jsonl_documents(path, field, damaged)
+                yield from jsonl_documents(path, field, damaged)
             else:
-                found = [(file_parts(path, damaged), None)]
-            yield from ((parts, published, source) for parts, published in found)
+                yield file_parts(path, damaged), None
 
     return documents
 
@@ -182,8 +241,8 @@ class Split:
     """Which text is for training and which is held out for validation.
 
     Whole documents are held out, the lowest buckets first, until 5 % of the bytes are reached; a document
-    that would make it more than 10 % is passed over. Of fewer than 20 documents, the last tenth of each is
-    held out. What its publisher has split stays split so. Two bytes are kept per document.
+    that would make it more than 10 % is skipped. Of fewer than 20 documents, the last tenth of each is held
+    out. A split by the publisher is kept. This takes two bytes of memory per document.
     """
 
     def __init__(self, documents):
@@ -191,7 +250,7 @@ class Split:
         self.lengths = {}  # index -> characters of the first documents with text
         self.bytes = 0
         bytes_in_bucket = np.zeros(2**16, dtype=np.int64)
-        for index, (parts, _, _) in enumerate(documents):
+        for index, (parts, _) in enumerate(documents):
             bucket, characters, size = scan(parts)
             self.buckets.append(bucket)
             bytes_in_bucket[bucket] += size
@@ -200,17 +259,15 @@ class Split:
                 self.lengths[index] = characters
         self.few = len(self.lengths) < FEW_DOCUMENTS
         self.held_out, total = set(), 0
+        wanted = VAL_SHARE * self.bytes
         for bucket in np.flatnonzero(bytes_in_bucket).tolist():
-            if (
-                total < VAL_SHARE * self.bytes
-                and total + bytes_in_bucket[bucket] <= 2 * VAL_SHARE * self.bytes
-            ):
+            if total < wanted and total + bytes_in_bucket[bucket] <= 2 * wanted:
                 self.held_out.add(bucket)
                 total += bytes_in_bucket[bucket]
 
     def pieces(self, documents):
-        """Yield ("train" or "val", source, text) and, where a document's share ends, None for its text."""
-        for index, (parts, published, source) in enumerate(documents):
+        """Yield ("train" or "val", text); where a document's share of a split ends, the text is None."""
+        for index, (parts, published) in enumerate(documents):
             if self.few and not published:
                 n_train = int(0.9 * self.lengths.get(index, 0))
             else:
@@ -220,46 +277,13 @@ class Split:
             for part in parts:
                 for split, text in (("train", part[:n_train]), ("val", part[n_train:])):
                     if text:
-                        yield split, source, text
+                        yield split, text
                         used.add(split)
                 n_train = max(0, n_train - len(part))
-            yield from ((split, source, None) for split in sorted(used))
+            yield from ((split, None) for split in sorted(used))
 
 
 # --- token ids on disk ---
-
-
-class TokenWriter:
-    """Writes the ids of a split to train.bin or, beyond SHARD_TOKENS, to train_000.bin, train_001.bin ..."""
-
-    def __init__(self, folder, split):
-        self.folder, self.split = folder, split
-        self.tokens = 0
-        self.files = []
-        self.digest = hashlib.blake2b(digest_size=16)
-
-    def write(self, ids):
-        """Append an array of ids, in the dtype of the files."""
-        while len(ids):
-            used = self.tokens % SHARD_TOKENS
-            if used == 0:
-                self.close()
-                self.files.append(open(self.folder / f"{self.split}_{len(self.files):03d}.bin", "wb"))
-            now, ids = ids[: SHARD_TOKENS - used], ids[SHARD_TOKENS - used :]
-            self.files[-1].write(now.tobytes())
-            self.digest.update(now.tobytes())
-            self.tokens += len(now)
-
-    def close(self):
-        """Close the file that is being written."""
-        if self.files:
-            self.files[-1].close()
-
-    def finish(self):
-        """Close; a single file loses its number."""
-        self.close()
-        if len(self.files) == 1:
-            os.replace(self.files[0].name, self.folder / f"{self.split}.bin")
 
 
 def learn_vocabulary(pieces, split, vocab_size, pattern):
@@ -272,61 +296,56 @@ def learn_vocabulary(pieces, split, vocab_size, pattern):
         vocab_size = int(2 ** np.clip(round(np.log2(split.bytes) / 2), 9, 16))
         print(f"vocabulary: {vocab_size:,} tokens, the power of two next to sqrt({split.bytes:,} bytes)")
     progress = Progress("learning it", split.bytes)
-    texts = (text for part, _, text in pieces if text and part == "train")
+    texts = (text for part, text in pieces if text and part == "train")
     tokenizer = Tokenizer.train(texts, vocab_size, pattern, processes=os.cpu_count(), log=progress.done)
     progress.done(f"{tokenizer.vocab_size:,} tokens")
     return tokenizer
 
 
 def encode_pieces(pieces, tokenizer):
-    """A list of what Split.pieces yields -> {"train": ids, "val": ids}, <|endoftext|> after each document.
-
-    Also {(split, source): number of ids}.
-    """
+    """A list of what Split.pieces yields -> {"train": ids, "val": ids}, <|endoftext|> after each document."""
     end = np.uint32([tokenizer.special_tokens[END_OF_TEXT]])
-    ids, counts = {"train": [], "val": []}, Counter()
-    for split, source, text in pieces:
+    ids = {"train": [], "val": []}
+    for split, text in pieces:
         ids[split].append(end if text is None else tokenizer.encode_to_array(text))
-        counts[split, source] += len(ids[split][-1])
-    return {split: np.concatenate(arrays) for split, arrays in ids.items() if arrays}, counts
+    return {split: np.concatenate(arrays) for split, arrays in ids.items() if arrays}
 
 
-def write_tokens(pieces, tokenizer, folder, n_bytes, sources):
+def write_tokens(pieces, tokenizer, folder, n_bytes):
     """Encode pieces on all cores into the folder's .bin files. Returns what meta.json says of them."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    writers = {split: TokenWriter(folder, split) for split in ("train", "val")}
-    counts, of_source = {name: {"train": 0, "val": 0} for name in ("documents", "bytes", "tokens")}, Counter()
+    files = {split: open(folder / f"{split}.bin", "wb") for split in ("train", "val")}
+    digests = {split: hashlib.blake2b(digest_size=16) for split in files}
+    counts = {name: {"train": 0, "val": 0} for name in ("documents", "bytes", "tokens")}
     end, sizes = tokenizer.special_tokens[END_OF_TEXT], tokenizer.bytes_per_token
     progress = Progress("encoding", n_bytes)
     encode = partial(encode_pieces, tokenizer=tokenizer)
     with ThreadPoolExecutor() as pool:
-        batches = map_batches(pool, encode, pieces, 2**16, os.cpu_count(), lambda piece: len(piece[2] or ""))
-        for encoded, encoded_of_source in batches:
-            of_source += encoded_of_source
+        batches = map_batches(pool, encode, pieces, 2**16, os.cpu_count(), lambda piece: len(piece[1] or ""))
+        for encoded in batches:
             for split, ids in encoded.items():
-                writers[split].write(ids.astype(dtype))
+                raw = ids.astype(dtype).tobytes()
+                files[split].write(raw)
+                digests[split].update(raw)
                 counts["documents"][split] += int((ids == end).sum())
                 counts["bytes"][split] += int(sizes[ids].sum())
                 counts["tokens"][split] += len(ids)
             progress.show(sum(counts["bytes"].values()) / n_bytes)
-    for writer in writers.values():
-        writer.finish()
-    if min(counts["tokens"].values()) < 3:
+    for file in files.values():
+        file.close()
+    n_tokens = counts["tokens"]
+    if min(n_tokens.values()) < 3:
         raise ValueError(f"the text ({n_bytes:,} bytes) can't be split into a training and a validation part")
-    progress.done(f"{n_bytes / 1e6:.1f} MB -> {sum(counts['tokens'].values()) / 1e6:.2f} M tokens")
-    fingerprint = {split: writer.digest.hexdigest() for split, writer in writers.items()}
-    if len(sources) > 1:  # train.py tells their losses apart
-        counts["tokens_of_source"] = {
-            name: {split: of_source[split, i] for split in writers} for i, name in enumerate(sources)
-        }
+    progress.done(f"{n_bytes / 1e6:.1f} MB -> {sum(n_tokens.values()) / 1e6:.2f} M tokens")
+    fingerprint = {split: digest.hexdigest() for split, digest in digests.items()}
     return {**counts, "dtype": dtype.str, "fingerprint": fingerprint}
 
 
 def prepare(sources, name=None, vocab_size=None, tokenizer=None, field="text"):
     """Make data/NAME out of a named corpus or of paths and return it. Raises ValueError for unusable input.
 
-    tokenizer: a Tokenizer to use instead of learning one. All is written under another name first: what
-    stands in data/NAME is complete.
+    tokenizer: a Tokenizer to use instead of learning one. Everything is written under another name first, so
+    data/NAME is always complete.
     """
     name = name or Path(sources[0]).resolve().stem
     folder = DATA / name
@@ -353,7 +372,7 @@ def prepare(sources, name=None, vocab_size=None, tokenizer=None, field="text"):
     unfinished.chmod(0o755)
     try:
         meta = {"version": VERSION, "source": sources, "vocab_size": tokenizer.vocab_size}
-        meta |= write_tokens(split.pieces(documents()), tokenizer, unfinished, split.bytes, sources)
+        meta |= write_tokens(split.pieces(documents()), tokenizer, unfinished, split.bytes)
         meta["tokenizer"] = tokenizer.fingerprint
         tokenizer.save(unfinished / "tokenizer.json")
         (unfinished / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")

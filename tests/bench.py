@@ -1,18 +1,20 @@
 """The measurements behind the numbers in the README. Nothing here passes or fails.
 
-python tests/bench.py lzma --data pystdlib      what a general compressor makes of the same validation text
+python tests/bench.py lzma                      what a general compressor makes of the validation text
 python tests/bench.py prepare                   peak memory of data/prepare.py on 50 MB and on 500 MB
 python tests/bench.py tokenizer                 learning and applying a vocabulary, against other libraries
-python tests/bench.py model                     time and memory of the loss, of recomputing, of opening a file
+python tests/bench.py model                     time and memory of the loss and of opening a folder
 python tests/bench.py train --peer DIR          a training step against transformers; a run against nanoGPT
+python tests/bench.py budget                    are --minutes kept while other programs run, and at what cost?
 python tests/bench.py sample --peer BINARY      decoding against transformers and llama2.c
-python tests/bench.py resume                    20 runs, each killed at a random moment: do they end alike?
+python tests/bench.py resume                    20 runs, killed at random moments: do they end alike?
+python tests/bench.py exit                      two processes, 20 times: do they end cleanly?
 python tests/bench.py ladder                    from a GPT-2 to train.py, idea by idea, in equal time
-python tests/bench.py gpu                       all that needs a GPU, in one call
+python tests/bench.py gpu                       what needs a GPU
 """
 
 import argparse
-import importlib.util
+import csv
 import io
 import json
 import lzma
@@ -21,20 +23,18 @@ import pickle
 import random
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections import Counter
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-import regex
 import tiktoken
 import torch
 import torch.nn.functional as F
@@ -43,48 +43,101 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import loop  # noqa: E402
-import machine  # noqa: E402
 import train  # noqa: E402
-from data.loader import Blocks, load_data  # noqa: E402
+from data.loader import Blocks, find_data, load_data  # noqa: E402
 from data.prepare import DATA, prepare  # noqa: E402
-from decoding import generate, pack  # noqa: E402
-from model import PRESETS, Config, Transformer  # noqa: E402
-from optimizer import make_optimizers  # noqa: E402
+from model import PRESETS, Config, Transformer, fast_dtype, matmul_rate  # noqa: E402
+from sample import generate, pack  # noqa: E402
 from tokenizer import GPT4_PATTERN, SPECIAL_TOKENS, Tokenizer  # noqa: E402
+
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, in which ru_maxrss counts
+
+
+# --- programs of ours, each in a process of its own ---
+
+
+def script(name, *options):
+    """The command line of a script of ours."""
+    return [sys.executable, str(ROOT / name), *map(str, options)]
+
+
+def run_job(*arguments):
+    """Run this file with these arguments; what it prints last, as JSON."""
+    program = script("tests/bench.py", *arguments)
+    one_thread = os.environ | {"RAYON_NUM_THREADS": "1"}  # of the libraries written in Rust
+    result = subprocess.run(program, check=True, capture_output=True, text=True, env=one_thread)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def prepare_quietly(*arguments, **settings):
+    """data.prepare.prepare, without what it prints."""
+    with redirect_stdout(io.StringIO()):
+        return prepare(*arguments, **settings)
+
+
+@contextmanager
+def tiny_data():
+    """Yields the name of a tiny text that is prepared under data/ and removed afterwards."""
+    name = "bench-tiny"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "text.txt"
+        text = "".join(f"the cat sat on mat {i} and the dog\n" for i in range(1000))
+        path.write_text(text, encoding="utf-8")
+        prepare_quietly([str(path)], name, tokenizer=Tokenizer.train([text], 320))
+    try:
+        yield name
+    finally:
+        shutil.rmtree(DATA / name)
+
+
+def read_log(out):
+    """The rows of a run's log.csv, as dicts."""
+    with open(out / "log.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def tiny_shakespeare():
+    """The path of Tiny Shakespeare."""
+    if "TINY_SHAKESPEARE" not in os.environ:
+        sys.exit("error: put the path of Tiny Shakespeare into the variable TINY_SHAKESPEARE")
+    return os.environ["TINY_SHAKESPEARE"]
+
+
+# --- data ---
 
 
 def bench_lzma(args):
-    """Bits per byte that LZMA needs for the validation text after it has seen the training text: a yardstick
-    for val_bpb.
-    """
-    folder = DATA / args.data
-    dtype = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["dtype"]
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    """Bits per byte that LZMA needs for the validation text, as a yardstick for those of a model."""
+    data = load_data(find_data(args.data))
     texts = []
-    for split in ("train", "val"):
-        paths = sorted(folder.glob(f"{split}*.bin"))
-        ids = np.concatenate([np.fromfile(path, dtype=dtype) for path in paths])
-        texts.append(tokenizer.decode_bytes(ids.tolist()).replace(SPECIAL_TOKENS[0].encode(), b""))
-    train, val = texts
-    window = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": len(train + val)}]
-    alone, both, single = (len(lzma.compress(text, filters=window)) for text in (train, train + val, val))
-    print(f"{args.data}: {len(val):,} bytes of validation text, {len(train):,} bytes of training text")
-    print(f"LZMA, given the training text: {8 * (both - alone) / len(val):.3f} bits per byte")
-    print(f"LZMA, without it:              {8 * single / len(val):.3f} bits per byte")
+    for tokens in (data.train, data.val):
+        text = data.tokenizer.decode_bytes(tokens.read(0, len(tokens)).tolist())
+        texts.append(text.replace(SPECIAL_TOKENS[0].encode(), b""))
+    train_text, val_text = texts
+    both = train_text + val_text
+    window = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": len(both)}]
+
+    def compressed(text):
+        return len(lzma.compress(text, filters=window))
+
+    n = len(val_text)
+    print(f"{args.data}: {n:,} bytes of validation text, {len(train_text):,} bytes of training text")
+    given_train = compressed(both) - compressed(train_text)
+    print(f"LZMA, given the training text: {8 * given_train / n:.3f} bits per byte")
+    print(f"LZMA, without it:              {8 * compressed(val_text) / n:.3f} bits per byte")
 
 
 def write_distinct_text(folder, megabytes):
     """Files of 1 MB with random sentences, no two alike."""
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(20000)]
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(20000)]
     folder.mkdir()
     for i in range(megabytes):
-        text = " ".join(draw.choices(words, k=155000))
+        text = " ".join(rng.choices(words, k=155000))
         (folder / f"{i:04}.txt").write_text(text.replace(" a", ".\nA")[: 2**20], encoding="utf-8")
 
 
-# runs its arguments and prints the most memory that they held at once
+# A program that runs its arguments and prints the most memory that they held at once.
 PEAK = """
 import resource, subprocess, sys
 subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
@@ -96,17 +149,18 @@ def bench_prepare(args):
     """Peak memory and speed of preparing a small and a large corpus with a given vocabulary."""
     peaks = []
     with tempfile.TemporaryDirectory() as work:
+        vocabulary = Path(work) / "tokenizer.json"
         for megabytes in args.megabytes:
-            text, vocabulary = Path(work) / f"bench-{megabytes}", Path(work) / "tokenizer.json"
+            text = Path(work) / f"bench-{megabytes}"
             write_distinct_text(text, megabytes)
-            if not peaks:
-                Tokenizer.train([(text / "0000.txt").read_text()], 4096).save(vocabulary)
-            program = [sys.executable, ROOT / "data/prepare.py", text, "--tokenizer", vocabulary]
-            start = time.time()
+            if not vocabulary.exists():
+                Tokenizer.train([(text / "0000.txt").read_text(encoding="utf-8")], 4096).save(vocabulary)
+            program = script("data/prepare.py", text, "--tokenizer", vocabulary)
+            start = time.perf_counter()
             result = subprocess.run([sys.executable, "-c", PEAK, *program], check=True, capture_output=True)
-            speed = megabytes / (time.time() - start)
+            speed = megabytes / (time.perf_counter() - start)
             shutil.rmtree(DATA / text.name)
-            peaks.append(int(result.stdout) * (1 if sys.platform == "darwin" else 1024) / 1e6)
+            peaks.append(int(result.stdout) * RSS_UNIT / 1e6)
             print(f"{megabytes:5} MB of text: peak memory {peaks[-1]:.0f} MB, {speed:.1f} MB/s", flush=True)
     print(f"peak memory, large to small: {peaks[-1] / peaks[0]:.3f}")
 
@@ -117,18 +171,20 @@ def bench_prepare(args):
 def corpus(name, megabytes=200):
     """The documents of a corpus that is on this machine, read as they are needed."""
     if name == "shakespeare":
-        if "TINY_SHAKESPEARE" not in os.environ:
-            sys.exit("error: put the path of Tiny Shakespeare into the variable TINY_SHAKESPEARE")
-        paths = [Path(os.environ["TINY_SHAKESPEARE"])]
+        paths = [Path(tiny_shakespeare())]
+    elif name == "stdlib":
+        paths = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
+        paths = [path for path in paths if "site-packages" not in path.parts and path.is_file()]
     else:
-        folder = Path(sysconfig.get_path("stdlib" if name == "stdlib" else "purelib"))
-        suffixes = {".py"} if name == "stdlib" else {".py", ".pyi", ".md", ".rst", ".txt", ".h"}
-        paths = [path for path in sorted(folder.rglob("*")) if path.suffix in suffixes and path.is_file()]
-        if name == "stdlib":
-            paths = [path for path in paths if "site-packages" not in path.parts]
-        sizes = np.cumsum([path.stat().st_size for path in paths])
-        paths = paths[: int(np.searchsorted(sizes, megabytes * 1e6))]
-    return (path.read_bytes().decode("utf-8", "replace") for path in paths)
+        suffixes = {".py", ".pyi", ".md", ".rst", ".txt", ".h"}
+        paths = sorted(Path(sysconfig.get_path("purelib")).rglob("*"))
+        paths = [path for path in paths if path.suffix in suffixes and path.is_file()]
+    for path in paths:
+        if megabytes <= 0:
+            return
+        text = path.read_bytes().decode("utf-8", "replace")
+        megabytes -= len(text) / 1e6
+        yield text
 
 
 def learn_ours(documents, vocab_size, processes=1):
@@ -136,15 +192,11 @@ def learn_ours(documents, vocab_size, processes=1):
     times = [time.perf_counter()]
 
     def log(line):
-        if line.endswith("different"):
+        if line.endswith("different"):  # the last line before the first merge
             times.append(time.perf_counter())
 
     Tokenizer.train(documents, vocab_size, special_tokens=SPECIAL_TOKENS[:1], processes=processes, log=log)
     return {"split": times[1] - times[0], "merge": time.perf_counter() - times[1]}
-
-
-def learn_ours_on_2_processes(documents, vocab_size):
-    return learn_ours(documents, vocab_size, processes=2)
 
 
 def learn_tokenizers(documents, vocab_size):
@@ -169,100 +221,43 @@ def learn_rustbpe(documents, vocab_size):
     rustbpe.Tokenizer().train_from_iterator(documents, vocab_size - 1, pattern=GPT4_PATTERN)
 
 
-def learn_sentencepiece(documents, vocab_size):
-    """Its BPE is over characters, not bytes, and of lines cut into words: near, not the same."""
-    import sentencepiece
-
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in documents for line in text.splitlines() if line.strip()),
-        model_writer=open(os.devnull, "wb"),
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        num_threads=1,
-        minloglevel=2,
-    )
-
-
-def learn_by_recounting(documents, vocab_size):
-    """minbpe's algorithm: for every merge count the pairs of all chunks, and replace in all chunks."""
-    chunks = [list(chunk.encode()) for text in documents for chunk in regex.findall(GPT4_PATTERN, text)]
-    for new in range(256, vocab_size - 1):
-        counts = Counter(pair for chunk in chunks for pair in zip(chunk, chunk[1:]))
-        best = max(counts, key=counts.get)
-        for k, chunk in enumerate(chunks):
-            merged, i = [], 0
-            while i < len(chunk):
-                match = tuple(chunk[i : i + 2]) == best
-                merged.append(new if match else chunk[i])
-                i += 2 if match else 1
-            chunks[k] = merged
-
-
 LEARNERS = {
     "ours": learn_ours,
-    "ours, 2 processes": learn_ours_on_2_processes,
+    "ours, 2 processes": partial(learn_ours, processes=2),
     "tokenizers": learn_tokenizers,
     "rustbpe": learn_rustbpe,
-    "sentencepiece": learn_sentencepiece,
-    "recounting": learn_by_recounting,
 }
 
 
-def bench_learn(args):
-    """One run of one learner, in a process of its own: prints its seconds, and the peak memory of its largest
-    process, as JSON.
-    """
-    documents = corpus(args.corpus)
-    if args.characters:
-        documents = [next(documents)[: args.characters]]
+def learn_once(args):
+    """Print the seconds of one learner, and the peak memory of its largest process, as JSON."""
     start = time.perf_counter()
-    phases = LEARNERS[args.learner](documents, args.vocab_size)
-    seconds = time.perf_counter() - start
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(
-        json.dumps(
-            {
-                "seconds": seconds,
-                "MB": peak * (1 if sys.platform == "darwin" else 1024) / 1e6,
-                **(phases or {}),
-            }
-        )
-    )
+    phases = LEARNERS[args.job](corpus(args.corpus), args.vocab_size)
+    row = {"seconds": time.perf_counter() - start}
+    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    row["MB"] = max(peaks) * RSS_UNIT / 1e6
+    print(json.dumps(row | (phases or {})))
 
 
-def compare_learners(name, vocab_size, learners, runs, characters=0):
-    """Run the learners in turn, each in one thread but for the second; print medians."""
-    learners = [
-        learner
-        for learner in learners
-        if learner not in ("rustbpe", "sentencepiece") or importlib.util.find_spec(learner)
-    ]
-    results = {learner: [] for learner in learners}
-    program = [sys.executable, __file__, "learn", name, str(vocab_size), "--characters", str(characters)]
+def compare_learners(name, vocab_size, runs):
+    """Run the learners in turn; print medians, and their time against that of `tokenizers`."""
+    results = {learner: [] for learner in LEARNERS}
     for _ in range(runs):
-        for learner in learners:
-            output = subprocess.run(
-                [*program, learner],
-                check=True,
-                capture_output=True,
-                env={**os.environ, "RAYON_NUM_THREADS": "1"},
-            ).stdout
-            results[learner].append(json.loads(output.splitlines()[-1]))
+        for learner in LEARNERS:
+            options = ["--job", learner, "--corpus", name, "--vocab-size", vocab_size]
+            results[learner].append(run_job("tokenizer", *options))
     print(f"\n{name}, {vocab_size:,} tokens, median of {runs}")
-    reference = "tokenizers" if "tokenizers" in results else learners[-1]
-    print(f"{'':20}{'seconds':>9}{'split':>8}{'merge':>8}{'peak MB':>9}  time, {reference} = 1")
-    for learner, runs_of_it in results.items():
-        row = {key: statistics.median(run[key] for run in runs_of_it) for key in runs_of_it[0]}
-        ratio = statistics.median(
-            run["seconds"] / other["seconds"] for run, other in zip(runs_of_it, results[reference])
-        )
-        phases = "".join(f"{row[key]:8.2f}" if key in row else f"{'':8}" for key in ("split", "merge"))
-        print(f"{learner:20}{row['seconds']:9.2f}{phases}{row['MB']:9.0f}  {ratio:.2f}", flush=True)
+    print(f"{'':20}{'seconds':>9}{'split':>8}{'merge':>8}{'peak MB':>9}  time, tokenizers = 1")
+    for learner, rows in results.items():
+        median = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        pairs = zip(rows, results["tokenizers"])
+        ratio = statistics.median(row["seconds"] / other["seconds"] for row, other in pairs)
+        phases = "".join(f"{median[key]:8.2f}" if key in median else f"{'':8}" for key in ("split", "merge"))
+        print(f"{learner:20}{median['seconds']:9.2f}{phases}{median['MB']:9.0f}  {ratio:.2f}", flush=True)
 
 
 def compare_encoders(name, vocab_size):
-    """Megabytes a second of one thread."""
+    """Megabytes per second of one thread."""
     import tokenizers
 
     texts = list(corpus(name))
@@ -270,13 +265,10 @@ def compare_encoders(name, vocab_size):
     theirs = tokenizers.Tokenizer.from_str(json.dumps(ours.document))
     ranks = {token: i for i, token in ours.tokens.items() if i not in ours.special_tokens.values()}
     plain = tiktoken.Encoding("", pat_str=GPT4_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    encoders = {"ours": ours.encode, "tiktoken": plain.encode_ordinary, "tokenizers": theirs.encode}
     n_bytes = sum(len(text.encode()) for text in texts)
     print(f"\nencoding {name}, {vocab_size:,} tokens, one thread")
-    for label, encode in {
-        "ours": ours.encode,
-        "tiktoken": plain.encode_ordinary,
-        "tokenizers": theirs.encode,
-    }.items():
+    for label, encode in encoders.items():
         speeds = []
         for _ in range(3):
             start = time.perf_counter()
@@ -288,45 +280,41 @@ def compare_encoders(name, vocab_size):
 
 def bench_tokenizer(args):
     """Learning a vocabulary and encoding with it."""
+    if args.job:
+        learn_once(args)
+        return
     os.environ["RAYON_NUM_THREADS"] = "1"
-    rivals = ["ours", "ours, 2 processes", "tokenizers", "rustbpe"]
     if "TINY_SHAKESPEARE" in os.environ:
-        compare_learners("shakespeare", 512, ["ours", "recounting"], args.runs, characters=100_000)
-        compare_learners("shakespeare", 4096, [*rivals, "sentencepiece"], args.runs)
-    compare_learners("stdlib", 32768, rivals, args.runs)
+        compare_learners("shakespeare", 4096, args.runs)
+    compare_learners("stdlib", 32768, args.runs)
     if args.large:
-        compare_learners("packages", 32768, rivals, args.runs)
+        compare_learners("packages", 32768, args.runs)
     compare_encoders("stdlib", 32768)
 
 
-def loss_of(kind):
-    """A function that computes and differentiates the loss of 4,096 tokens over a vocabulary of 50,000."""
+# --- the model ---
+
+
+def loss_job(kind):
+    """A function that computes the loss of 4,096 tokens over a vocabulary of 50,000, and its gradient."""
     model = Transformer(Config(50000, 1024, n_layer=1, n_head=12, n_kv_head=12, n_embd=768, n_hidden=64))
     ids, targets = torch.randint(50000, (2, 4, 1024))
     weight = model.model.embed_tokens.weight
-    compute = {
-        "ours": lambda: model.loss(ids, targets),
-        "plain": lambda: F.cross_entropy(model(ids).flatten(0, 1), targets.flatten()),
-        "linear_cross_entropy": lambda: F.linear_cross_entropy(
-            model.hidden(ids).flatten(0, 1), weight, targets.flatten()
-        ),
-    }[kind]
-    return lambda: compute().backward()
+
+    def run():
+        if kind == "ours":
+            loss = model.loss(ids, targets)
+        elif kind == "plain":
+            loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
+        else:
+            loss = F.linear_cross_entropy(model.hidden(ids).flatten(0, 1), weight, targets.flatten())
+        loss.backward()
+
+    return run
 
 
-def step_of(recompute):
-    """A function that runs micro forward and backward over 8 blocks of 512 tokens."""
-    model = Transformer(Config(4096, 512, recompute=recompute, **PRESETS["micro"]))
-    ids, targets = torch.randint(4096, (2, 8, 512))
-    return lambda: model.loss(ids, targets).backward()
-
-
-def opening(dtype):
-    """A function that opens 1 GB of bfloat16 weights and reads them all; the folder is made on first use."""
-    folder = Path(tempfile.gettempdir()) / "bench-model-of-1-GB"
-    if not folder.exists():
-        shape = dict(n_layer=30, n_head=16, n_kv_head=8, n_embd=1024, n_hidden=4096)
-        Transformer(Config(32768, 1024, **shape)).to(torch.bfloat16).save(folder)
+def open_job(folder, dtype):
+    """A function that opens a model folder and reads all weights."""
 
     def run():
         for p in Transformer.load(folder, dtype=dtype).parameters():
@@ -336,103 +324,129 @@ def opening(dtype):
 
 
 MODEL_JOBS = {
-    "loss, plain": lambda: loss_of("plain"),
-    "loss, linear_cross_entropy": lambda: loss_of("linear_cross_entropy"),
-    "loss, ours": lambda: loss_of("ours"),
-    "micro": lambda: step_of(False),
-    "micro, recompute": lambda: step_of(True),
-    "open 1 GB": lambda: opening(None),
-    "open 1 GB as float32": lambda: opening(torch.float32),
+    "loss, plain": lambda folder: loss_job("plain"),
+    "loss, linear_cross_entropy": lambda folder: loss_job("linear_cross_entropy"),
+    "loss, ours": lambda folder: loss_job("ours"),
+    "open 1 GB": lambda folder: open_job(folder, None),
+    "open 1 GB as float32": lambda folder: open_job(folder, torch.float32),
 }
 
 
+def model_once(args):
+    """Print the seconds of one job, and the megabytes that it takes above the model's own, as JSON."""
+    run = MODEL_JOBS[args.job](args.folder)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the model (Linux)
+    before = train.peak_memory("cpu")
+    seconds = []
+    for _ in range(1 if args.job.startswith("open") else 3):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    megabytes = (train.peak_memory("cpu") - before) / 1e6
+    print(json.dumps({"seconds": statistics.median(seconds), "MB": megabytes}))
+
+
 def bench_model(args):
-    """Seconds, and megabytes above those of the model itself, of each job in a process of its own."""
+    """Time and memory of the loss in three ways, and of opening 1 GB of bfloat16 weights."""
     if args.job:
-        run = MODEL_JOBS[args.job]()
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the model (Linux)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        seconds = []
-        for _ in range(1 if args.job.startswith("open") else 3):
-            start = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - start)
-        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6
-        print(json.dumps({"seconds": statistics.median(seconds), "MB": peak}))
+        model_once(args)
         return
-    opening(None)
-    print(f"{'':28}{'seconds':>9}{'peak MB':>9}  median of {args.runs}")
-    for job in MODEL_JOBS:
-        if "linear_cross_entropy" in job and not hasattr(F, "linear_cross_entropy"):
-            continue
-        program = [sys.executable, __file__, "model", "--job", job]
-        outputs = [subprocess.run(program, check=True, capture_output=True).stdout for _ in range(args.runs)]
-        rows = [json.loads(output.splitlines()[-1]) for output in outputs]
-        seconds, peak = (statistics.median(row[key] for row in rows) for key in ("seconds", "MB"))
-        print(f"{job:28}{seconds:9.2f}{peak:9.0f}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        shape = dict(n_layer=30, n_head=16, n_kv_head=8, n_embd=1024, n_hidden=4096)
+        Transformer(Config(32768, 1024, **shape)).to(torch.bfloat16).save(folder)
+        print(f"{'':28}{'seconds':>9}{'peak MB':>9}  median of {args.runs}")
+        for job in MODEL_JOBS:
+            if "linear_cross_entropy" in job and not hasattr(F, "linear_cross_entropy"):
+                continue
+            rows = [run_job("model", "--job", job, "--folder", folder) for _ in range(args.runs)]
+            seconds = statistics.median(row["seconds"] for row in rows)
+            megabytes = statistics.median(row["MB"] for row in rows)
+            print(f"{job:28}{seconds:9.2f}{megabytes:9.0f}", flush=True)
 
 
 # --- training ---
 
 
+def make_settings(rows, T, dtype, device="cpu", micro_batch=None):
+    """train.Settings of single steps: rows blocks of T tokens."""
+    return train.Settings(
+        seed=0,
+        block_size=T,
+        batch_size=rows,
+        micro_batch=micro_batch or rows,
+        lr=0.03,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device,
+        processes=1,
+        deterministic=False,
+        minutes=None,
+        steps=1000,
+        fall=400,
+        warmup=50,
+        eval_every=None,
+        save_every=None,
+    )
+
+
 def in_turn(jobs, rounds=15, warm_up=3):
-    """{name: median milliseconds} of functions that are called one after the other, round after round."""
+    """{name: median seconds} of functions that are called one after the other, round after round."""
     times = {name: [] for name in jobs}
     for i in range(rounds + warm_up):
         for name, job in jobs.items():
             start = time.perf_counter()
             job()
             if i >= warm_up:
-                times[name].append(1000 * (time.perf_counter() - start))
+                times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def bench_step(dtype, vocab_size=4096, rows=16):
-    """Forward and backward of the nano shape against transformers, and the optimizers, in turn."""
+def llama_of_transformers(config):
+    """The peer of a Transformer: transformers' Llama of the same shape."""
     import transformers
 
-    config = Config(vocab_size, 128, **PRESETS["nano"])
-    ours = Transformer(config)
-    shape = dict(vocab_size=vocab_size, hidden_size=config.n_embd, intermediate_size=config.n_hidden)
-    shape |= dict(num_hidden_layers=config.n_layer, num_attention_heads=config.n_head)
-    shape |= dict(num_key_value_heads=config.n_kv_head, head_dim=config.head_dim, tie_word_embeddings=True)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, use_cache=False))
-    ids = torch.randint(vocab_size, (rows, 129))
-    ours_muon, adamw = make_optimizers(ours, 0.001, 0.1)
-    matrices = [p for group in ours_muon.param_groups for p in group["params"]]
+    shape = dict(vocab_size=config.vocab_size, tie_word_embeddings=True, use_cache=False)
+    shape.update(hidden_size=config.n_embd, intermediate_size=config.n_hidden, head_dim=config.head_dim)
+    shape.update(num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head)
+    shape.update(num_hidden_layers=config.n_layer)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+
+
+def compare_steps(dtype, rounds, vocab_size=4096, rows=16, T=128):
+    """Forward and backward of the nano shape against transformers, and the optimizers, in turn."""
+    config, settings = Config(vocab_size, T, **PRESETS["nano"]), make_settings(rows, T, dtype)
+    ours, theirs = Transformer(config), llama_of_transformers(config)
+    compiled = torch.compile(ours.loss, dynamic=False)
+    muon, adamw = train.make_optimizers(ours, 0.001, 0.1, dtype)
+    matrices = [p for group in muon.param_groups for p in group["params"]]
     pytorch_muon = torch.optim.Muon(matrices, lr=0.001)
+    ids = torch.randint(vocab_size, (rows, T + 1))
+    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def forward_backward(model, loss):
         model.zero_grad()
-        with machine.precision("cpu", dtype):
+        with train.autocast(settings):
             value = loss()
         value.backward()
 
-    compiled = torch.compile(ours.loss, dynamic=False)
-    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    times = in_turn(
-        {
-            "transformers": lambda: forward_backward(theirs, lambda: theirs(input_ids=x, labels=x).loss),
-            "ours": lambda: forward_backward(ours, lambda: ours.loss(x, y)),
-            "ours, compiled": lambda: forward_backward(ours, lambda: compiled(x, y)),
-            "Muon": ours_muon.step,
-            "torch.optim.Muon": pytorch_muon.step,
-            "AdamW": adamw.step,
-        }
-    )
-    flops = 3 * x.numel() * config.flops_per_token(128)
-    gemm, gemm32 = machine.gemm_rate("cpu", dtype), machine.gemm_rate("cpu", "float32")
-    print(
-        f"\nnano, {rows} x 128 tokens, vocabulary {vocab_size:,}, {dtype}: milliseconds, median of 15 in turn"
-    )
-    for name, value in times.items():
-        is_model = name in ("transformers", "ours", "ours, compiled")
-        rate = flops / value * 1000
-        share = f"{rate / gemm:.0%} of a large product's rate, {rate / gemm32:.0%} of that in float32"
-        print(f"{name:20}{value:8.1f}  {share if is_model else ''}")
+    models = {
+        "transformers": lambda: forward_backward(theirs, lambda: theirs(input_ids=x, labels=x).loss),
+        "ours": lambda: forward_backward(ours, lambda: ours.loss(x, y)),
+        "ours, compiled": lambda: forward_backward(ours, lambda: compiled(x, y)),
+    }
+    steps = {"Muon": muon.step, "torch.optim.Muon": pytorch_muon.step, "AdamW": adamw.step}
+    times = in_turn(models | steps, rounds)
+    flops = 3 * x.numel() * config.flops_per_token(T)
+    peak, peak32 = matmul_rate("cpu", dtype, 1024), matmul_rate("cpu", torch.float32, 1024)
+    print(f"\nnano, {rows} x {T} tokens, {settings.dtype}: milliseconds, median of {rounds} in turn")
+    for name, seconds in times.items():
+        share = ""
+        if name in models:
+            rate = flops / seconds
+            share = f"{rate / peak:.0%} of a large product's rate, {rate / peak32:.0%} of that in float32"
+        print(f"{name:20}{1000 * seconds:8.1f}  {share}")
     optimizers = times["Muon"] + times["AdamW"]
     print(f"ours / transformers {times['ours'] / times['transformers']:.2f}", end=", ")
-    print(f"optimizers {optimizers / (times['ours'] + optimizers):.1%} of a step")
+    print(f"optimizers {optimizers / (times['ours'] + optimizers):.1%} of a step", flush=True)
 
 
 def run_nanogpt(peer, text, threads):
@@ -448,49 +462,283 @@ def run_nanogpt(peer, text, threads):
     recipe = "--device=cpu --compile=False --eval_iters=20 --log_interval=100 --block_size=64 --batch_size=12"
     recipe += " --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
     program = [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py", *recipe.split()]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    process = subprocess.Popen(program, cwd=peer, stdout=subprocess.PIPE, text=True, env=environment)
+    place = dict(cwd=peer, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, text=True)
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, **place)
     times = [time.perf_counter() for line in process.stdout if line.startswith(("step 0:", "step 2000:"))]
-    final = subprocess.run(
-        [*program, "--init_from=resume", "--eval_only=True", "--eval_iters=500"],
-        cwd=peer, check=True, capture_output=True, text=True, env=environment,
-    ).stdout  # fmt: skip
-    loss = float(final.split("val loss ")[1].split()[0])
+    evaluation = [*program, "--init_from=resume", "--eval_only=True", "--eval_iters=500"]
+    printed = subprocess.run(evaluation, check=True, capture_output=True, **place).stdout
+    loss = float(printed.split("val loss ")[1].split()[0])
     return times[-1] - times[0], loss / np.log(2)
 
 
 def run_ours(name, minutes, threads):
     """(seconds, bits per byte) of train.py."""
     with tempfile.TemporaryDirectory() as out:
-        program = [sys.executable, ROOT / "train.py", "--data", name, "--minutes", str(minutes), "--out", out]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        program = script("train.py", "--data", name, "--minutes", minutes, "--out", out, "--device", "cpu")
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         subprocess.run(program, check=True, stdout=subprocess.DEVNULL, env=environment)
-        last = (Path(out) / "log.csv").read_text().splitlines()[-1].split(",")
-    return float(last[2]), float(last[4])
+        last = read_log(Path(out))[-1]
+    return float(last["seconds"]), float(last["val_bpb"])
 
 
 def bench_train(args):
-    """Parts of a step; then nanoGPT and train.py on the same text, in turn."""
-    for dtype in ("float32", "bfloat16"):
-        bench_step(dtype)
+    """The parts of a step; with a peer, nanoGPT and train.py on the same text, in turn."""
+    torch.set_num_threads(args.threads)
+    for dtype in dict.fromkeys((torch.float32, fast_dtype("cpu"))):
+        compare_steps(dtype, args.rounds)
     if not args.peer:
         return
-    if "TINY_SHAKESPEARE" not in os.environ:
-        sys.exit("error: put the path of Tiny Shakespeare into the variable TINY_SHAKESPEARE")
-    source = Path(os.environ["TINY_SHAKESPEARE"])
-    prepare([str(source)], name="bench-shakespeare")
+    source = Path(tiny_shakespeare())
+    prepare_quietly([str(source)], name="bench-shakespeare")
     try:
         for run in range(args.runs):
-            seconds, bpb = run_nanogpt(args.peer, source.read_text(), args.threads)
-            print(
-                f"\nrun {run + 1}, {args.threads} threads\nnanoGPT  {seconds:6.1f} s  {bpb:.3f} bpb",
-                flush=True,
-            )
+            seconds, bpb = run_nanogpt(args.peer, source.read_text(encoding="utf-8"), args.threads)
+            print(f"\nrun {run + 1}, {args.threads} threads")
+            print(f"nanoGPT  {seconds:6.1f} s  {bpb:.3f} bpb", flush=True)
             for part in (6, 10):
-                used, ours = run_ours("bench-shakespeare", seconds / part / 60, args.threads)
-                print(f"1/{part:<6} {used:6.1f} s  {ours:.3f} bpb", flush=True)
+                used, bpb = run_ours("bench-shakespeare", seconds / part / 60, args.threads)
+                print(f"1/{part:<6} {used:6.1f} s  {bpb:.3f} bpb", flush=True)
     finally:
         shutil.rmtree(DATA / "bench-shakespeare")
+
+
+# --- the budget of --minutes, beside other programs ---
+
+WAYS = ("alone", "beside others for 10 s", "beside others throughout")
+
+
+# A program that keeps a core busy as long as its parent lives.
+SPIN = """
+import os, sys
+while os.getppid() == int(sys.argv[1]):
+    for _ in range(10**6):
+        pass
+"""
+
+
+def start_spinners(n=2):
+    """Processes that keep a core busy each."""
+    return [subprocess.Popen([sys.executable, "-c", SPIN, str(os.getpid())]) for _ in range(n)]
+
+
+def stop(processes):
+    """Kill processes and wait for their end."""
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def run_beside(way, args, out):
+    """One run of train.py in one of WAYS, measured, as a dict."""
+    spinners = [] if way == "alone" else start_spinners()
+    program = script("train.py", "--data", args.data, "--minutes", args.minutes, "--out", out)
+    began = time.perf_counter()
+    process = subprocess.Popen(program, stdout=subprocess.DEVNULL)
+    try:
+        while not (out / "log.csv").exists() and process.poll() is None:  # the budget begins after that
+            time.sleep(0.01)
+        first_step = time.perf_counter()
+        if way == "beside others for 10 s":
+            while time.perf_counter() < first_step + 10 and process.poll() is None:
+                time.sleep(0.01)
+            stop(spinners)
+        process.wait()
+        end = time.perf_counter()
+    finally:
+        stop([process, *spinners])
+    if process.returncode:
+        sys.exit(f"error: train.py ended with {process.returncode}")
+    last = read_log(out)[-1]
+    return {
+        "preset": torch.load(out / train.STATE, weights_only=True, mmap=True)["settings"]["preset"],
+        "steps": int(last["step"]),
+        "bpb": float(last["val_bpb"]),
+        "log": float(last["seconds"]) / 60,
+        "used": (end - first_step) / 60,
+        "process": (end - began) / 60,
+    }
+
+
+def bench_budget(args):
+    """Runs of train.py alone, beside two busy processes at its beginning, and beside them throughout.
+
+    Minutes are those of log.csv, whose last line leaves out the last evaluation; those from the first step to
+    the end of the process, which take it in; and those of the whole process.
+    """
+    results = {way: [] for way in WAYS}
+    heads = f"{'minutes: log':>13}{'used':>7}{'process':>9}{'steps':>8}{'bpb':>8}"
+    print(f"train.py --data {args.data} --minutes {args.minutes:g}\n\n{'':34}{heads}", flush=True)
+    with tempfile.TemporaryDirectory() as work:
+        for run in range(args.runs):
+            for k, way in enumerate(WAYS):
+                row = run_beside(way, args, Path(work) / f"{run}-{k}")
+                minutes = f"{row['log']:13.2f}{row['used']:7.2f}{row['process']:9.2f}"
+                result = f"{minutes}{row['steps']:8,}{row['bpb']:8.4f}"
+                print(f"{run + 1:3} {way:25} {row['preset']:5}{result}", flush=True)
+                results[way].append(row)
+    heads = f"{'/ budget: log':>13}{'used':>7}{'process':>9}{'steps':>8}{'bpb':>8}"
+    print(f"\n{f'median of {args.runs}':34}{heads}  bpb - that of {WAYS[0]}")
+    undisturbed = None
+    for way, rows in results.items():
+        median = {name: statistics.median(row[name] for row in rows) for name in rows[0] if name != "preset"}
+        if undisturbed is None:
+            undisturbed = median["bpb"]
+        ratios = [median[name] / args.minutes for name in ("log", "used", "process")]
+        result = f"{ratios[0]:13.2f}{ratios[1]:7.2f}{ratios[2]:9.2f}{median['steps']:8,.0f}"
+        print(f"{way:34}{result}{median['bpb']:8.4f}  {median['bpb'] - undisturbed:+.4f}")
+
+
+# --- kills ---
+
+MEASURED = ("seconds", "tokens_per_second", "mfu", "memory_mb")  # columns of log.csv
+
+
+def ending(out):
+    """{file: content} of what a run leaves behind, without what measures time, speed and memory."""
+    found = {}
+    for name in ("model.safetensors", "best/model.safetensors", "samples.txt"):
+        found[name] = (out / name).read_bytes()
+    found["log.csv"] = [{k: v for k, v in row.items() if k not in MEASURED} for row in read_log(out)]
+    state = train.read_state(out)
+    found[train.STATE] = {k: v for k, v in state.items() if k not in ("seconds", "lengths")}
+    return found
+
+
+def equal(one, other):
+    """Whether two nested values are equal, their tensors bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+def start_run(program):
+    """Start train.py and wait until it has read the data: what it does next is to make or lock its folder."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    process = subprocess.Popen(program, **pipes)
+    for line in process.stdout:
+        if line.startswith("data "):
+            break
+    return process
+
+
+def kill_and_resume(options, out, moments):
+    """Train in `out`, killed at one of the moments (seconds) after the other, then resumed until it ends.
+
+    Returns what happened, and whether the run came to its end.
+    """
+    program, story = script("train.py", *options, "--out", out), []
+    begin = program
+    moments = iter(moments)
+    while True:
+        process = start_run(program)
+        moment = next(moments, None)
+        try:
+            _, errors = process.communicate(timeout=moment)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            places = (f"{train.STATE}.unfinished", ".unfinished", "best/.unfinished")
+            saving = " while saving" if any((out / name).exists() for name in places) else ""
+            story.append(f"killed at {moment:.2f} s{saving}")
+            program = script("train.py", "--resume", "--out", out)
+            continue
+        if process.returncode == 0:
+            return "; ".join(story), True
+        if "nothing to resume" in errors and program != begin:
+            story.append("nothing was saved, so it began anew")
+            program = begin
+        else:
+            story.append(f"FAILED: {errors.strip()}")
+            return "; ".join(story), False
+
+
+def compare_killed_runs(options, runs, kills, seed):
+    """Runs that are killed at random moments against one that is not; prints how many end alike."""
+    rng, same = random.Random(seed), 0
+    with tiny_data() as data, tempfile.TemporaryDirectory() as work:
+        options = ["--data", data, *options]
+        reference = Path(work) / "reference"
+        process = start_run(script("train.py", *options, "--out", reference))
+        start = time.perf_counter()
+        _, errors = process.communicate()
+        span = time.perf_counter() - start
+        if process.returncode:
+            sys.exit(f"error: train.py ended with {process.returncode}: {errors}")
+        print(f"undisturbed, the run takes {span:.1f} s", flush=True)
+        expected = ending(reference)
+        for run in range(1, runs + 1):
+            out = Path(work) / str(run)
+            moments = [rng.uniform(0, span) for _ in range(kills)]
+            story, ended = kill_and_resume(options, out, moments)
+            result = ""
+            if ended:
+                found = ending(out)
+                different = [name for name in expected if not equal(found[name], expected[name])]
+                result = f"DIFFERENT: {', '.join(different)}" if different else "equal"
+                same += not different
+            print(f"{run:3}: {story or 'it ended before it was killed'}; {result}", flush=True)
+            for folder in Path(work).glob(f"{run}*"):
+                shutil.rmtree(folder)
+    print(f"{same} of {runs} killed runs ended with equal weights, optimizers, samples and log", flush=True)
+
+
+def bench_resume(args):
+    """Kill runs of train.py at random moments, resume them, compare their ends with an undisturbed run's."""
+    options = ["--device", "cpu", "--steps", args.steps, "--block-size", 64, "--batch-size", 4]
+    options += ["--dropout", 0.1, "--eval-every", 12, "--save-every", 2]
+    compare_killed_runs(options, args.runs, args.kills, args.seed)
+
+
+# --- the end of several processes ---
+
+
+def ends_cleanly(program, limit=180):
+    """Whether a program ends by itself, with status 0, and writes nothing to stderr."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # else torchrun says on stderr that it sets this
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(program, **pipes)
+    try:
+        _, errors = process.communicate(timeout=limit)
+        ended = f"ended with {process.returncode}"
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)  # torchrun then ends its processes
+        _, errors = process.communicate()
+        ended = f"did not end within {limit} s"
+    if process.returncode == 0 and not errors.strip():
+        return True
+    print(f"{Path(program[-1]).name} {ended}, and on stderr stands: {errors[-2000:]}", flush=True)
+    return False
+
+
+def make_exit_options(data, work):
+    """Options for a few steps of train.py and of finetune.py, for which a base model is trained."""
+    common = ["--device", "cpu", "--batch-size", 4, "--steps", 6, "--eval-every", 3]
+    pretrain = [*common, "--data", data, "--block-size", 64]
+    base, examples = work / "base", work / "chat.jsonl"
+    subprocess.run(script("train.py", *pretrain, "--out", base), check=True, stdout=subprocess.DEVNULL)
+    with open(examples, "w", encoding="utf-8") as file:
+        for i in range(48):
+            file.write(json.dumps({"prompt": f"say cat {i}", "completion": "cat"}) + "\n")
+    finetune = [*common, "--model", base, "--examples", examples]
+    return {"train.py": pretrain, "finetune.py": finetune}
+
+
+def bench_exit(args):
+    """Two gloo processes run each script to its end, again and again; counts the clean ends."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with tiny_data() as data, tempfile.TemporaryDirectory() as work:
+        for name, options in make_exit_options(data, Path(work)).items():
+            clean, start = 0, time.perf_counter()
+            for run in range(args.runs):
+                out = Path(work) / f"{name}-{run}"
+                clean += ends_cleanly([*torchrun, *script(name, *options, "--out", out)[1:]])
+                shutil.rmtree(out, ignore_errors=True)
+            seconds = (time.perf_counter() - start) / args.runs
+            print(f"{name}: {clean} of {args.runs} ended cleanly, {seconds:.1f} s each", flush=True)
 
 
 # --- what each idea buys ---
@@ -518,6 +766,8 @@ class GeluMLP(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(width, 4 * width, bias=False)
         self.down_proj = nn.Linear(4 * width, width, bias=False)
+        nn.init.normal_(self.up_proj.weight, std=0.5 / width**0.5)
+        nn.init.zeros_(self.down_proj.weight)
 
     def forward(self, x):
         return self.down_proj(F.gelu(self.up_proj(x)))
@@ -525,88 +775,89 @@ class GeluMLP(nn.Module):
 
 def older_model(config, ideas):
     """The Transformer without those of "rope", "rmsnorm" and "swiglu" that are not among `ideas`."""
-    model = (Transformer if "rope" in ideas else LearnedPositions)(config)
+    model = Transformer(config) if "rope" in ideas else LearnedPositions(config)
+    width = config.n_embd
     if "swiglu" not in ideas:
         for block in model.model.layers:
-            block.mlp = GeluMLP(config.n_embd)
-            for p, std in (
-                (block.mlp.up_proj.weight, 0.5 / config.n_embd**0.5),
-                (block.mlp.down_proj.weight, 0),
-            ):
-                nn.init.normal_(p, std=std)
+            block.mlp = GeluMLP(width)
     if "rmsnorm" not in ideas:
         for block in model.model.layers:
-            block.input_layernorm = nn.LayerNorm(config.n_embd, bias=False)
-            block.post_attention_layernorm = nn.LayerNorm(config.n_embd, bias=False)
-        model.model.norm = nn.LayerNorm(config.n_embd, bias=False)
+            block.input_layernorm = nn.LayerNorm(width, bias=False)
+            block.post_attention_layernorm = nn.LayerNorm(width, bias=False)
+        model.model.norm = nn.LayerNorm(width, bias=False)
     return model
 
 
 def plain_adamw(model):
     """nanoGPT's optimizer for small models on a CPU."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True
-    )
-    optimizer.param_groups[0]["initial_lr"] = 1e-3
+    settings = dict(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), **settings)
+    optimizer.param_groups[0]["initial_lr"] = 1e-3  # which training_step multiplies
     return [optimizer]
 
 
-RUNGS = {  # name -> what it adds
-    "GPT-2's block, AdamW, bytes, 12 x 64": set(),
-    "+ RoPE": {"rope"},
-    "+ RMSNorm": {"rmsnorm"},
-    "+ SwiGLU": {"swiglu"},
-    "+ Muon": {"muon"},
-    "+ BPE, 1,024 tokens": {"bpe"},
-    "+ products in bfloat16": {"bfloat16"},
-    "+ the batch of train.py": {"batch"},
-    "+ constant rate, then linear to zero": {"schedule"},
+RUNGS = {  # name -> the idea that it adds
+    "GPT-2's block, AdamW, bytes, 12 x 64": None,
+    "+ RoPE": "rope",
+    "+ RMSNorm": "rmsnorm",
+    "+ SwiGLU": "swiglu",
+    "+ Muon": "muon",
+    "+ BPE, 1,024 tokens": "bpe",
+    "+ products in the fastest dtype": "dtype",
+    "+ the batch of train.py": "batch",
+    "+ constant rate, then linear to zero": "schedule",
 }
 
 
 def climb(ideas, data, seconds, seed):
-    """Train with these ideas for that time. Returns (steps, tokens, bits per byte)."""
-    rows, T = (12, 64) if "batch" not in ideas else (32, 32) if seconds < 60 else (16, 128)
+    """Train with these ideas for that time. Returns steps, tokens and bits per byte."""
+    rows, T = 12, 64
+    if "batch" in ideas:
+        rows, T = (32, 32) if seconds < 60 else (16, 128)
+    dtype = fast_dtype("cpu") if "dtype" in ideas else torch.float32
+    settings = make_settings(rows, T, dtype)
     torch.manual_seed(seed)
-    dtype = "bfloat16" if "bfloat16" in ideas else "float32"
-    run = argparse.Namespace(micro_batch=rows, dtype=dtype)
     model = older_model(Config(data.tokenizer.vocab_size, T, **PRESETS["nano"]), ideas)
-    optimizers = make_optimizers(model, 0.03, 0.1) if "muon" in ideas else plain_adamw(model)
-    stage = SimpleNamespace(model=model, optimizers=optimizers, loss_of=part_losses(model))
-    blocks = Blocks(data.train, T, seed)
-    start, step = time.perf_counter(), 0
-    while (done := (time.perf_counter() - start) / seconds) < 1:  # the schedules go by time
-        cosine = 0.1 + 0.9 * (1 + np.cos(np.pi * done)) / 2
-        share = min(1, done / 0.05, (1 - done) / 0.6 if "schedule" in ideas else cosine)
-        ids, targets, _, _ = blocks.batch(step * rows, rows)
+    if "muon" in ideas:
+        optimizers = train.make_optimizers(model, 0.03, 0.1, dtype)
+    else:
+        optimizers = plain_adamw(model)
+    objective, blocks = train.NextTokenLoss(model), Blocks(data.train, T, seed)
+    start, step, done = time.perf_counter(), 0, 0.0
+    while done < 1:  # the schedules go by time
+        if "schedule" in ideas:
+            fall = (1 - done) / 0.6
+        else:
+            fall = 0.1 + 0.9 * (1 + np.cos(np.pi * done)) / 2
+        rate = min(1, max(done, 0.001) / 0.05, fall)
+        train.training_step(objective, optimizers, blocks.batch(step, rows), rows * T, rate, settings)
         step += 1
-        loop.training_step(stage, (ids, targets), rows * T, share, run)
-    bpb, _ = loop.bits_per_byte(model, data.val, data.tokenizer.bytes_per_token)
+        done = (time.perf_counter() - start) / seconds
+    bpb = train.bits_per_byte(model, data.val, data.tokenizer.bytes_per_token)
     return step, step * rows * T, bpb
 
 
 def bench_ladder(args):
     """The table of the README: equal time and seeds, one idea more on every rung."""
-    if "TINY_SHAKESPEARE" not in os.environ:
-        sys.exit("error: put the path of Tiny Shakespeare into the variable TINY_SHAKESPEARE")
-    text = os.environ["TINY_SHAKESPEARE"]
-    vocabularies = {"bytes": 256 + len(SPECIAL_TOKENS), "bpe": None}
-    with redirect_stdout(io.StringIO()):
-        folders = {name: prepare([text], f"bench-{name}", size) for name, size in vocabularies.items()}
-    data = {name: load_data(folder) for name, folder in folders.items()}
+    text = tiny_shakespeare()
     results = {name: [] for name in RUNGS}
-    for seed in range(args.runs):  # in turn, so that a slow hour of the machine meets all
-        ideas = set()
-        for name, added in RUNGS.items():
-            ideas |= added
-            results[name].append(climb(ideas, data["bpe" if "bpe" in ideas else "bytes"], args.seconds, seed))
+    try:
+        as_bytes = load_data(prepare_quietly([text], "bench-bytes", 256 + len(SPECIAL_TOKENS)))
+        as_bpe = load_data(prepare_quietly([text], "bench-bpe"))
+        for seed in range(args.runs):  # in turn, so that a slow hour of the machine meets all
+            ideas = set()
+            for name, added in RUNGS.items():
+                ideas.add(added)
+                data = as_bpe if "bpe" in ideas else as_bytes
+                results[name].append(climb(ideas, data, args.seconds, seed))
+    finally:
+        for name in ("bench-bytes", "bench-bpe"):
+            shutil.rmtree(DATA / name, ignore_errors=True)
     print(f"| {args.seconds:g} s each, median of {args.runs} | steps | tokens | bits per byte |")
     print("|---|---|---|---|")
     for name, runs in results.items():
         steps, tokens, bpb = (statistics.median(values) for values in zip(*runs))
-        print(f"| {name} | {steps:,.0f} | {tokens / 1e6:.2f} M | {bpb:.3f} |", flush=True)
-    for folder in folders.values():
-        shutil.rmtree(folder)
+        print(f"| {name} | {steps:,.0f} | {tokens / 1e6:.2f} M | {bpb:.3f} |")
 
 
 # --- decoding ---
@@ -618,48 +869,54 @@ SHAPES = {  # two of llama2.c's, and one for GPUs
 }
 
 
-def random_folder(folder, shape, dtype=torch.float32):
-    """A folder with a model of that shape, a vocabulary of 32,000 and random weights."""
+def random_model(shape):
+    """A model with a vocabulary of 32,000 and random weights."""
     model = Transformer(Config(32000, 1024, **SHAPES[shape]))
     for p in model.parameters():
         nn.init.normal_(p, std=0.02)
-    model.to(dtype).save(Path(folder))
+    return model.eval()
 
 
-def decoder(folder, kind, device, dtype):
-    """A function (prompts, n) that makes n greedy tokens for each, with transformers or in a mode of ours."""
-    if kind != "transformers":
-        model = Transformer.load(folder, device, dtype)
-        model = pack(model) if kind == "eager" else model
+def our_decoder(folder, dtype):
+    """A function (prompts, n) that makes n greedy tokens for each prompt."""
+    model = pack(Transformer.load(folder, dtype=dtype))
 
-        def run(prompts, n):
-            for _ in generate(model, prompts, max_new_tokens=n, temperature=0, mode=kind):
-                pass
+    def run(prompts, n):
+        for _ in generate(model, prompts, max_new_tokens=n, temperature=0):
+            pass
 
-        return run
+    return run
+
+
+def their_decoder(folder, dtype):
+    """The same with transformers."""
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    transformers.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
-    def run_transformers(prompts, n):
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    def run(prompts, n):
+        longest = max(len(prompt) for prompt in prompts)
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         settings = dict(min_new_tokens=n, max_new_tokens=n, do_sample=False, pad_token_id=0)
         model.generate(ids, attention_mask=mask, **settings)
 
-    return run_transformers
+    return run
 
 
 def read_bandwidth(device):
-    """Bytes a second that are read from memory: of a sum on a CPU, of a copy (and written) on a GPU."""
-    x, rates = torch.ones(2**27, device=device), []
-    y = torch.empty_like(x)
+    """Bytes per second that come from memory: in a sum on a CPU, in a copy (read and written) on a GPU."""
+    x, seconds = torch.ones(2**27, device=device), []
+    y, n_bytes = torch.empty_like(x), x.nbytes if device == "cpu" else 2 * x.nbytes
     for _ in range(5):
         start = time.perf_counter()
-        (x.sum() if device == "cpu" else y.copy_(x)[0]).item()
-        rates.append((1 if device == "cpu" else 2) * x.nbytes / (time.perf_counter() - start))
-    return statistics.median(rates)
+        if device == "cpu":
+            x.sum().item()
+        else:
+            y.copy_(x)[0].item()
+        seconds.append(time.perf_counter() - start)
+    return n_bytes / statistics.median(seconds)
 
 
 def write_llama2c(folder, path):
@@ -667,50 +924,29 @@ def write_llama2c(folder, path):
     model = Transformer.load(folder)
     c, layers = model.config, model.model.layers
     head = [c.n_embd, c.n_hidden, c.n_layer, c.n_head, c.n_kv_head, c.vocab_size, c.block_size]
+    modules = [model.model.embed_tokens, *(block.input_layernorm for block in layers)]
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        modules += [getattr(block.self_attn, name) for block in layers]
+    modules += [block.post_attention_layernorm for block in layers]
+    for name in ("gate_proj", "down_proj", "up_proj"):
+        modules += [getattr(block.mlp, name) for block in layers]
+    modules.append(model.model.norm)
     with open(path, "wb") as file:
         file.write(np.array(head, dtype=np.int32).tobytes())
-        parts = [[model.model.embed_tokens], [x.input_layernorm for x in layers]]
-        parts += [[getattr(x.self_attn, f"{name}_proj") for x in layers] for name in "qkvo"]
-        parts += [[x.post_attention_layernorm for x in layers]]
-        parts += [[getattr(x.mlp, f"{name}_proj") for x in layers] for name in ("gate", "down", "up")]
-        for module in sum(parts + [[model.model.norm]], []):
+        for module in modules:
             file.write(module.weight.detach().numpy().tobytes())
         file.write(np.zeros(c.block_size * c.head_dim, dtype=np.float32).tobytes())  # not used any more
 
 
 def llama2c_speed(binary, path, n):
-    """Tokens a second of run.c, as it reports them."""
+    """Tokens per second of run.c, as it reports them."""
     program = [binary, path, "-z", Path(binary).parent / "tokenizer.bin", "-t", "0", "-n", str(n)]
     output = subprocess.run(program, check=True, capture_output=True).stderr.decode("utf-8", "replace")
     return float(output.split("achieved tok/s:")[1].split()[0])
 
 
-def bench_sample(args):
-    """One stream and batches against transformers and llama2.c, in turn, on so many threads."""
-    torch.set_num_threads(args.threads)
-    bandwidth = read_bandwidth("cpu")
-    print(f"{args.threads} thread(s), which read {bandwidth / 1e9:.1f} GB/s; median of {args.runs} in turn")
-    for shape in ("15 M", "110 M"):
-        with tempfile.TemporaryDirectory() as folder:
-            random_folder(folder, shape)
-            jobs = {}
-            for dtype, label in ((torch.float32, ""), (torch.bfloat16, ", bfloat16")):
-                jobs["transformers" + label] = decoder(folder, "transformers", "cpu", dtype)
-                jobs["ours" + label] = decoder(folder, "eager", "cpu", dtype)
-            one_stream(args, shape, folder, jobs, bandwidth)
-            print(f"\n{shape}, batches, float32: tokens/s of all rows", flush=True)
-            for rows in args.batches:
-                ragged = [1 + i * 63 // rows for i in range(rows)]
-                for name, lengths in (("of 32 tokens", [32] * rows), ("of 1 to 63", ragged)):
-                    prompts = [[1] * length for length in lengths]
-                    pair = {kind: partial(jobs[kind], prompts, 32) for kind in ("transformers", "ours")}
-                    theirs, ours = (32000 * rows / t for t in in_turn(pair, args.runs, 1).values())
-                    line = f"{rows:4} {name:14} transformers {theirs:6.0f}, ours {ours:6.0f}"
-                    print(f"{line}: {ours / theirs:.2f}", flush=True)
-
-
-def one_stream(args, shape, folder, jobs, bandwidth):
-    """Tokens a second of each contestant that continues one token."""
+def compare_streams(shape, folder, jobs, bandwidth, args):
+    """Tokens per second of each contestant that continues one token."""
     speeds, path = {label: [] for label in jobs}, Path(folder) / "llama2c.bin"
     if args.peer:
         write_llama2c(folder, path)
@@ -728,230 +964,278 @@ def one_stream(args, shape, folder, jobs, bandwidth):
         speed = statistics.median(values)
         ratio = speed / statistics.median(speeds["transformers"])
         share = speed * n_params * (2 if "bfloat16" in label else 4) / bandwidth
-        print(f"{label:24}{speed:8.1f} {ratio:6.2f} x transformers {share:5.0%} of the bandwidth")
+        print(f"{label:24}{speed:8.1f} {ratio:6.2f} x transformers {share:5.0%} of the bandwidth", flush=True)
+
+
+def compare_batches(shape, jobs, args):
+    """Tokens per second of all rows together, of prompts of equal and of different lengths."""
+    n = 32
+    print(f"\n{shape}, batches, float32: tokens/s of all rows", flush=True)
+    for rows in args.batches:
+        kinds = {"of 32 tokens": [32] * rows, "of 1 to 63": [1 + i * 63 // rows for i in range(rows)]}
+        for name, lengths in kinds.items():
+            prompts = [[1] * length for length in lengths]
+            pair = {label: partial(jobs[label], prompts, n) for label in ("transformers", "ours")}
+            times = in_turn(pair, args.runs, warm_up=1)
+            theirs, ours = n * rows / times["transformers"], n * rows / times["ours"]
+            line = f"{rows:4} {name:14} transformers {theirs:6.0f}, ours {ours:6.0f}"
+            print(f"{line}: {ours / theirs:.2f}", flush=True)
+
+
+def bench_sample(args):
+    """One stream and batches against transformers and llama2.c, in turn, on so many threads."""
+    torch.set_num_threads(args.threads)
+    bandwidth = read_bandwidth("cpu")
+    print(f"{args.threads} thread(s), which read {bandwidth / 1e9:.1f} GB/s; median of {args.runs} in turn")
+    for shape in args.shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            random_model(shape).save(folder)
+            jobs = {}
+            for dtype, label in ((torch.float32, ""), (torch.bfloat16, ", bfloat16")):
+                if dtype in (torch.float32, fast_dtype("cpu")):
+                    jobs["transformers" + label] = their_decoder(folder, dtype)
+                    jobs["ours" + label] = our_decoder(folder, dtype)
+            compare_streams(shape, folder, jobs, bandwidth, args)
+            compare_batches(shape, jobs, args)
 
 
 # --- on a GPU ---
 
 
-def training_speed(kind, preset, rows, T, vocab_size, device):
-    """(tokens a second, bytes at most) of training steps of one kind, each rows x T tokens."""
-    settings = dict(
-        preset=preset, seed=0, steps=1000, block_size=T, batch_size=rows, micro_batch=rows, lr=0.01
-    )
-    settings |= dict(
-        weight_decay=0.1, dtype="bfloat16", eval_every=100, save_every=100, processes=1, threads=1
-    )
-    settings |= dict(device=device)
-    run = loop.Run(**settings, compile=kind == "ours", deterministic=False)
-    config = Config(vocab_size, T, **PRESETS[preset])
-    if kind.startswith("ours"):
-        model, optimizers = train.build(run, vocab_size, device)
-    elif kind == "nanoGPT-like":  # GPT-2's block, all logits at once, compiled, fused AdamW
-        model = older_model(config, set()).to(device)
-        model.loss = torch.compile(whole_loss(model))
-        optimizers = plain_adamw(model)
-    else:
-        import transformers
+class GPT2(nn.Module):
+    """nanoGPT's model: GPT-2's blocks, without biases."""
 
-        shape = dict(vocab_size=vocab_size, hidden_size=config.n_embd, intermediate_size=config.n_hidden)
-        shape |= dict(num_hidden_layers=config.n_layer, num_attention_heads=config.n_head)
-        shape |= dict(num_key_value_heads=config.n_kv_head, tie_word_embeddings=True, use_cache=False)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).to(device)
-        plain = torch.compile(model) if kind.endswith("compiled") else model
-        model.loss = whole_loss(lambda ids: plain(input_ids=ids).logits)
-        optimizers = plain_adamw(model)
-    ids = torch.randint(vocab_size, (rows, T + 1))
-    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds, stage = [], SimpleNamespace(model=model, optimizers=optimizers, loss_of=part_losses(model))
-    for _ in range(12):
-        start = time.perf_counter()
-        losses, _ = loop.training_step(stage, (x, y), rows * T, 1.0, run)
-        losses.sum().item()
-        seconds.append(time.perf_counter() - start)
-    return rows * T / statistics.median(seconds[4:]), machine.peak_memory(device)
+    def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(vocab_size, n_embd), nn.Embedding(block_size, n_embd)
+        self.blocks = nn.ModuleList(GPT2Block(n_embd, n_head) for _ in range(n_layer))
+        self.norm = nn.LayerNorm(n_embd, bias=False)
+        for p in self.parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, ids):
+        """ids (B, T) -> logits (B, T, V), with the embedding as head."""
+        x = self.wte(ids) + self.wpe(torch.arange(ids.size(1), device=ids.device))
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.norm(x), self.wte.weight)
 
 
-def part_losses(model):
-    """loop.next_token_loss or, for a peer, the same without the parts of each row."""
-    if isinstance(model, Transformer) and "loss" not in vars(model):
-        return loop.next_token_loss
+class GPT2Block(nn.Module):
+    def __init__(self, width, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.norm_1, self.norm_2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
 
-    def peer_loss(model, ids, targets):
-        loss = model.loss(ids, targets, reduction="sum")
+    def forward(self, x):
+        B, T, C = x.shape
+        parts = self.qkv(self.norm_1(x)).split(C, dim=2)
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in parts)  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.down(F.gelu(self.up(self.norm_2(x))))
+
+
+class PlainLoss(nn.Module):
+    """The loss as it is usually computed: all logits at once, then the cross-entropy."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, targets):
+        """Like train.NextTokenLoss, but with the sum of all rows instead of each."""
+        loss = F.cross_entropy(self.model(ids).flatten(0, 1), targets.flatten(), reduction="sum")
         return loss, loss.detach()[None]
 
-    return peer_loss
+
+def training_speed(kind, args):
+    """(tokens per second, bytes at most) of training steps of one kind."""
+    shape, T, V, device = PRESETS[args.preset], args.block_size, 50304, args.device
+    settings = make_settings(args.batch_size, T, torch.bfloat16, device, args.micro_batch)
+    if kind.startswith("ours"):
+        model = Transformer(Config(V, T, **shape)).to(device)
+        optimizers = train.make_optimizers(model, 0.01, 0.1, torch.bfloat16)
+        objective = train.NextTokenLoss(model)
+    else:
+        model = GPT2(V, T, shape["n_layer"], shape["n_head"], shape["n_embd"]).to(device)
+        optimizers = plain_adamw(model)
+        objective = PlainLoss(model)
+    if kind.endswith("compiled"):
+        objective.compile(dynamic=False)
+    ids = torch.randint(V, (args.batch_size, T + 1))
+    batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    seconds, warm_up = [], 4
+    for _ in range(warm_up + args.steps):
+        start = time.perf_counter()
+        losses, _ = train.training_step(objective, optimizers, batch, batch[0].numel(), 1.0, settings)
+        losses.sum().item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return batch[0].numel() / statistics.median(seconds[warm_up:]), train.peak_memory(device)
 
 
-def whole_loss(logits_of):
-    """The loss as it is usually computed: all logits, then the cross-entropy."""
+def gpu_train(args):
+    """Tokens per second, MFU and peak memory of ours and of nanoGPT's model and optimizer."""
+    T = args.block_size
+    settings = make_settings(args.batch_size, T, torch.bfloat16, args.device)
+    peak = train.peak_rate(settings)
+    flops = 3 * Config(50304, T, **PRESETS[args.preset]).flops_per_token(T)
+    print(f"a large product in bfloat16: {peak / 1e12:.1f} TFLOP/s", flush=True)
+    batch = f"{args.batch_size} x {T} tokens, {args.micro_batch} rows at a time"
+    print(f"{args.preset}, {batch}: tokens/s, share of that rate, GB at most", flush=True)
+    for kind in ("nanoGPT-like, compiled", "ours, compiled", "ours, eager"):
+        torch._dynamo.reset()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        speed, memory = training_speed(kind, args)
+        print(f"{kind:24}{speed:12,.0f} {speed * flops / peak:6.1%} {memory / 1e9:6.1f}", flush=True)
 
-    def loss(ids, targets, reduction="sum"):
-        return F.cross_entropy(logits_of(ids).flatten(0, 1).float(), targets.flatten(), reduction=reduction)
 
-    return loss
+def gpu_fallback(args):
+    """Does train.py go on in eager mode where torch.compile fails, here for want of a C compiler?"""
+    with tiny_data() as data, tempfile.TemporaryDirectory() as work:
+        options = ["--data", data, "--device", args.device, "--compile", "--steps", 4, "--preset", "nano"]
+        options += ["--block-size", 64, "--batch-size", 4, "--out", Path(work) / "out"]
+        compilers = dict.fromkeys(("CC", "CXX"), "/bin/false")
+        caches = dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"), work)
+        environment, program = os.environ | compilers | caches, script("train.py", *options)
+        result = subprocess.run(program, capture_output=True, text=True, env=environment)
+    said = [line for line in result.stdout.splitlines() if "torch.compile" in line] or ["no word of it"]
+    print(f"without a C compiler: status {result.returncode}; {said[0]}")
+    print(result.stderr[-2000:], end="", flush=True)
+
+
+def gpu_decode(args):
+    """Tokens per second of one greedy stream in bfloat16, against the bandwidth of the memory."""
+    bandwidth, warm_up = read_bandwidth(args.device), 20
+    print(f"decoding one stream in bfloat16, {bandwidth / 1e9:,.0f} GB/s", flush=True)
+    torch._inductor.config.triton.cudagraph_or_error = args.device == "cuda"  # no quiet detour
+    for shape in args.shapes:
+        model = random_model(shape).to(args.device, torch.bfloat16)
+        n_bytes = 2 * model.config.num_params()
+        made = {}
+        for kind in ("eager", "compiled"):
+            ids, begin = [], time.perf_counter()
+            for (new,) in generate(model, [[1] * 8], args.tokens, temperature=0, compiled=kind == "compiled"):
+                ids.append(new)
+                if len(ids) == warm_up:
+                    start = time.perf_counter()
+            speed = (len(ids) - warm_up) / (time.perf_counter() - start)
+            made[kind] = ids
+            share = f"{speed * n_bytes / bandwidth:6.1%} of the bandwidth"
+            late = f"{start - begin:.1f} s until token {warm_up}"
+            print(f"{shape:6} {kind:10}{speed:8,.0f} tokens/s {share}, {late}", flush=True)
+        same = sum(a == b for a, b in zip(made["eager"], made["compiled"]))
+        print(f"{shape:6} {same} of {args.tokens} tokens are the same (rounding differs)", flush=True)
+
+
+def gpu_resume(args):
+    """Is a killed run exact on this device, with --deterministic?"""
+    options = ["--device", args.device, "--deterministic", "--steps", 40, "--preset", "nano"]
+    options += ["--block-size", 64, "--batch-size", 8, "--dropout", 0.1, "--eval-every", 10]
+    compare_killed_runs([*options, "--save-every", 2], args.runs, kills=1, seed=0)
+
+
+GPU_PARTS = {"train": gpu_train, "decode": gpu_decode, "fallback": gpu_fallback, "resume": gpu_resume}
 
 
 def bench_gpu(args):
-    """The tests on the GPU, training and decoding against peers, one table."""
-    device = args.device
-    name = torch.cuda.get_device_name() if device == "cuda" else device
+    """Training and decoding speed, compiled or not, and exact resuming: part by part."""
+    train.start(args.device, deterministic=False)
+    name = torch.cuda.get_device_name() if args.device == "cuda" else args.device
     print(f"{name}, PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d')}", flush=True)
-    if not args.no_tests:
-        files = [f"tests/test_{stage}.py" for stage in ("model", "optimizer", "train", "decoding", "sample")]
-        program = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *files]
+    for part in args.parts:
+        print(f"\n{part}", flush=True)
         try:
-            result = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=200)
-            print(result.stdout[-2000:], flush=True)
-        except subprocess.TimeoutExpired:
-            print("the tests took more than 200 s", flush=True)
-    gemm = machine.gemm_rate(device, "bfloat16")
-    print(f"a large product in bfloat16: {gemm / 1e12:.1f} TFLOP/s\n", flush=True)
-    T, V = args.block_size, 50304
-    config = Config(V, T, **PRESETS[args.preset])
-    print(f"{args.preset}, {args.rows} x {T} tokens: tokens/s, share of that rate, GB at most", flush=True)
-    with machine.set_up(device, torch.get_num_threads(), False):
-        for kind in ("nanoGPT-like", "transformers", "transformers, compiled", "ours, not compiled", "ours"):
-            try:
-                speed, memory = training_speed(kind, args.preset, args.rows, T, V, device)
-            except Exception as error:  # one that fails should not hide the others
-                print(f"{kind:24}{type(error).__name__}: {str(error)[:200]}", flush=True)
-                continue
-            mfu = speed * 3 * config.flops_per_token(T) / gemm
-            print(f"{kind:24}{speed:12,.0f} {mfu:6.1%} {memory / 1e9:6.1f}", flush=True)
-            machine.forget(device)
-    bandwidth = read_bandwidth(device)
-    print(f"\ndecoding one stream in bfloat16, {bandwidth / 1e9:,.0f} GB/s: tokens/s", flush=True)
-    for shape in args.shapes:
-        with tempfile.TemporaryDirectory() as folder:
-            random_folder(folder, shape, torch.bfloat16)
-            n_bytes = 2 * Config(32000, 1024, **SHAPES[shape]).num_params()
-            for kind in ("transformers", "eager", "graph", "compile"):
-                n = 1000 if kind in ("graph", "compile") else 200
-                try:
-                    run = decoder(folder, kind, device, torch.bfloat16)
-                    run([[1] * 8], n)
-                    start = time.perf_counter()
-                    run([[1] * 8], n)
-                    speed = n / (time.perf_counter() - start)
-                except Exception as error:  # one that fails should not hide the others
-                    print(f"{shape:6} {kind:24}{type(error).__name__}: {str(error)[:200]}", flush=True)
-                    continue
-                share = speed * n_bytes / bandwidth
-                print(f"{shape:6} {kind:24}{speed:10,.0f} {share:6.1%} of the bandwidth", flush=True)
+            GPU_PARTS[part](args)
+        except Exception as error:  # one that fails should not hide the others
+            print(f"{type(error).__name__}: {str(error)[:500]}", flush=True)
 
 
-# --- kills ---
+# --- command line ---
 
 
-def bench_resume(args):
-    """Kill a run at a random moment, let it go on, compare its end with that of a run which nobody killed."""
-    draw, same = random.Random(args.seed), 0
-    with tempfile.TemporaryDirectory() as work:
-        settings = ["--steps=60", "--batch-size=4", "--eval-every=12", "--save-every=2", "--dropout=0.1"]
-        program = [sys.executable, ROOT / "train.py", *settings, "--device=cpu", "--data", args.data, "--out"]
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Measure.")
+    commands = parser.add_subparsers(dest="command", required=True)
 
-        def ending(out):
-            log = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
-            state = torch.load(out / "checkpoints/step_000060/train_state.pt", weights_only=True)[
-                "optimizers"
-            ]
-            moments = {f"{name}.{k}": v for name, values in state["state"].items() for k, v in values.items()}
-            files = [(out / name).read_bytes() for name in ("model.safetensors", "samples.txt")]
-            return files, [row[:2] + row[3:7] for row in log], moments
+    def offer(name, bench, help):
+        command = commands.add_parser(name, help=help)
+        command.set_defaults(bench=bench)
+        return command.add_argument
 
-        def equal(one, other):
-            alike = one[2].keys() == other[2].keys()
-            return one[:2] == other[:2] and alike and all(torch.equal(one[2][k], other[2][k]) for k in one[2])
+    add = offer("lzma", bench_lzma, "bits per byte by a general compressor")
+    add("--data", default="pystdlib", help="prepared data (pystdlib)")
 
-        def begin(out):
-            """Start a run, wait for its first checkpoint."""
-            process = subprocess.Popen([*program, out], stdout=subprocess.DEVNULL)
-            while not (out / "checkpoints/step_000000").exists():
-                time.sleep(0.005)
-            return process, time.time()
+    add = offer("prepare", bench_prepare, "memory of data/prepare.py")
+    add("--megabytes", type=int, nargs=2, default=(50, 500), help="sizes of the two corpora (50 500)")
 
-        process, start = begin(Path(work) / "reference")
-        process.wait()
-        whole, reference = time.time() - start, ending(Path(work) / "reference")
-        for i in range(args.kills):
-            out, wait = Path(work) / str(i), draw.uniform(0, 0.8 * whole)  # the end is that of the process
-            process, _ = begin(out)
-            time.sleep(wait)
-            process.kill()
-            process.wait()
-            found = sorted(path.name for path in out.glob("checkpoints/*"))
-            again = [sys.executable, ROOT / "train.py", "--resume", "--out", out]
-            resumed = subprocess.run(again, check=True, capture_output=True, text=True).stdout
-            alike = equal(ending(out), reference)
-            same += alike
-            print(f"{i + 1:3}: killed {wait:4.1f} s after the first checkpoint,", end=" ")
-            end = "" if "resumed" in resumed else ", it was at its end"
-            print(f"found {', '.join(found)}{end}: {'equal' if alike else 'DIFFERENT'}", flush=True)
-            shutil.rmtree(out)
-    print(f"{same} of {args.kills} killed runs ended with equal weights, optimizers, samples and log")
+    add = offer("tokenizer", bench_tokenizer, "learning and applying a vocabulary")
+    add("--runs", type=int, default=3, help="runs of each (3)")
+    add("--large", action="store_true", help="also 200 MB of text from installed packages")
+    add("--job", choices=LEARNERS, help="one run of this one only, as JSON")
+    add("--corpus", choices=["shakespeare", "stdlib", "packages"], help="with --job")
+    add("--vocab-size", type=int, help="with --job")
+
+    add = offer("model", bench_model, "time and memory of the loss and of opening a folder")
+    add("--runs", type=int, default=3, help="runs of each (3)")
+    add("--job", choices=MODEL_JOBS, help="one run of this one only, as JSON")
+    add("--folder", help="with --job: the model to open")
+
+    add = offer("train", bench_train, "a training step, and runs against nanoGPT")
+    add("--peer", metavar="DIR", help="a checkout of nanoGPT, whose data folder is written to")
+    add("--runs", type=int, default=3, help="runs of each (3)")
+    add("--rounds", type=int, default=15, help="steps of each (15)")
+    add("--threads", type=int, default=torch.get_num_threads(), help="for each (all)")
+
+    add = offer("budget", bench_budget, "whether --minutes are kept beside other programs")
+    add("--data", default="pystdlib", help="prepared data (pystdlib)")
+    add("--minutes", type=float, default=1.5, help="of a run (1.5)")
+    add("--runs", type=int, default=3, help="rounds of the three ways (3)")
+
+    add = offer("sample", bench_sample, "decoding, one stream and batches")
+    add("--peer", metavar="BINARY", help="llama2.c's `run`, with tokenizer.bin beside it")
+    add("--runs", type=int, default=5, help="runs of each (5)")
+    add("--tokens", type=int, default=200, help="of one stream (200)")
+    add("--threads", type=int, default=1, help="for each (1)")
+    add("--batches", type=int, nargs="+", default=[1, 8, 64], help="rows (1 8 64)")
+    add("--shapes", nargs="+", default=["15 M", "110 M"], choices=SHAPES, help="models (15 M, 110 M)")
+
+    add = offer("resume", bench_resume, "runs that are killed and resumed")
+    add("--runs", type=int, default=20, help="how many (20)")
+    add("--kills", type=int, default=1, help="of each run (1)")
+    add("--steps", type=int, default=60, help="of each run (60)")
+    add("--seed", type=int, default=0, help="of the moments (0)")
+
+    add = offer("exit", bench_exit, "whether two processes end cleanly")
+    add("--runs", type=int, default=20, help="of each script (20)")
+
+    add = offer("ladder", bench_ladder, "what each idea buys, in equal time")
+    add("--seconds", type=float, default=60, help="for each rung (60)")
+    add("--runs", type=int, default=3, help="of the whole ladder (3)")
+
+    add = offer("gpu", bench_gpu, "what needs a GPU")
+    add("--parts", nargs="+", default=list(GPU_PARTS), choices=GPU_PARTS, help="(all)")
+    add("--device", default="cuda", help="another one, to try the benchmark (cuda)")
+    add("--preset", default="small", choices=PRESETS, help="train: the model (small)")
+    add("--block-size", type=int, default=1024, help="train: tokens of a block (1024)")
+    add("--batch-size", type=int, default=128, help="train: blocks of a step (128)")
+    add("--micro-batch", type=int, default=32, help="train: blocks at a time (32)")
+    add("--steps", type=int, default=12, help="train: of each kind (12)")
+    add("--shapes", nargs="+", default=["110 M", "1 B"], choices=SHAPES, help="decode: models (110 M, 1 B)")
+    add("--tokens", type=int, default=500, help="decode: of each stream (500)")
+    add("--runs", type=int, default=3, help="resume: runs that are killed (3)")
+    return parser.parse_args()
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Measure.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("lzma", help="bits per byte by a general compressor")
-    command.add_argument("--data", default="pystdlib", help="prepared data (pystdlib)")
-    command.set_defaults(bench=bench_lzma)
-    command = commands.add_parser("prepare", help="memory of data/prepare.py")
-    command.add_argument(
-        "--megabytes", type=int, nargs=2, default=(50, 500), help="sizes of the two corpora (50 500)"
-    )
-    command.set_defaults(bench=bench_prepare)
-    command = commands.add_parser("tokenizer", help="learning and applying a vocabulary")
-    command.add_argument("--runs", type=int, default=3, help="runs of each (3)")
-    command.add_argument("--large", action="store_true", help="also 200 MB of text from installed packages")
-    command.set_defaults(bench=bench_tokenizer)
-    command = commands.add_parser("learn", help="one run of one learner, for `tokenizer`")
-    command.add_argument("corpus", choices=["shakespeare", "stdlib", "packages"])
-    command.add_argument("vocab_size", type=int)
-    command.add_argument("learner", choices=LEARNERS)
-    command.add_argument("--characters", type=int, default=0, help="only so many of the first document")
-    command.set_defaults(bench=bench_learn)
-    command = commands.add_parser("model", help="time and memory of the loss, of recomputing, of opening")
-    command.add_argument("--runs", type=int, default=3, help="runs of each (3)")
-    command.add_argument("--job", choices=MODEL_JOBS, help="one run of this one only, as JSON")
-    command.set_defaults(bench=bench_model)
-    command = commands.add_parser("train", help="a training step, and runs against nanoGPT")
-    command.add_argument(
-        "--peer", metavar="DIR", help="a checkout of nanoGPT, whose data folder is written to"
-    )
-    command.add_argument("--runs", type=int, default=3, help="runs of each (3)")
-    command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for each (all)")
-    command.set_defaults(bench=bench_train)
-    command = commands.add_parser("sample", help="decoding, one stream and batches")
-    command.add_argument("--peer", metavar="BINARY", help="llama2.c's `run`, with tokenizer.bin beside it")
-    command.add_argument("--runs", type=int, default=5, help="runs of each (5)")
-    command.add_argument("--tokens", type=int, default=200, help="of one stream (200)")
-    command.add_argument("--threads", type=int, default=1, help="for each (1)")
-    command.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], help="rows (1 8 64)")
-    command.set_defaults(bench=bench_sample)
-    command = commands.add_parser("ladder", help="what each idea buys, in equal time")
-    command.add_argument("--seconds", type=float, default=60, help="for each rung (60)")
-    command.add_argument("--runs", type=int, default=3, help="of the whole ladder (3)")
-    command.set_defaults(bench=bench_ladder)
-    command = commands.add_parser("gpu", help="all that needs a GPU")
-    command.add_argument("--device", default="cuda", help="another one, to try the benchmark (cuda)")
-    command.add_argument("--preset", default="small", choices=PRESETS, help="of the model (small)")
-    command.add_argument("--rows", type=int, default=32, help="blocks at a time (32)")
-    command.add_argument("--block-size", type=int, default=1024, help="tokens of a block (1024)")
-    command.add_argument("--no-tests", action="store_true", help="leave out the tests")
-    command.add_argument("--shapes", nargs="+", default=["110 M", "1 B"], choices=SHAPES, help="to decode")
-    command.set_defaults(bench=bench_gpu)
-    command = commands.add_parser("resume", help="runs that are killed and go on")
-    command.add_argument("--kills", type=int, default=20, help="how many (20)")
-    command.add_argument("--data", default="pystdlib", help="prepared data (pystdlib)")
-    command.add_argument("--seed", type=int, default=0, help="of the moments (0)")
-    command.set_defaults(bench=bench_resume)
-    args = parser.parse_args()
+    args = parse_arguments()
     args.bench(args)
 
 

@@ -17,7 +17,7 @@ import torch
 
 from model import Config, Transformer
 from tokenizer import Tokenizer
-from train import Run
+from train import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 # a shell's background job ignores Ctrl-C, and so would the programs that tests start and interrupt
@@ -57,7 +57,10 @@ def model(tiny_config):
 
 
 def run_main(main, *argv):
-    """A script's main() within this process, which is quicker than another one. Returns what it prints."""
+    """A script's main() in this process, which is faster than a new one -> what it prints.
+
+    Whatever main raises for a user's mistake comes through: ValueError, OSError or argparse.ArgumentError.
+    """
     output, before = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), sys.argv
     sys.argv = [str(part) for part in argv]
     try:
@@ -70,7 +73,7 @@ def run_main(main, *argv):
 
 
 FORKS = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
-FORKS.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"])
+FORKS.set_forkserver_preload(["torch"])
 
 
 def run_script(script, *argv, input=""):
@@ -112,10 +115,25 @@ def read_log(out):
         return [{k: v for k, v in row.items() if k not in measured} for row in csv.DictReader(file)]
 
 
-def make_run(**changes):
-    """A Run for tests."""
-    run = dict(
-        preset="nano", seed=0, steps=10, block_size=32, batch_size=4, micro_batch=4, lr=0.03, dropout=0.0
+def make_settings(**changes):
+    """The Settings of a tiny run on the CPU in float32."""
+    settings = dict(
+        preset="nano",
+        seed=0,
+        block_size=32,
+        batch_size=4,
+        micro_batch=4,
+        lr=0.03,
+        dtype="float32",
+        device="cpu",
+        processes=1,
+        deterministic=False,
+        minutes=None,
+        steps=10,
+        fall=4,
+        warmup=2,
+        eval_every=5,
+        save_every=5,
     )
-    run |= dict(dtype="float32", eval_every=5, save_every=5, processes=1, threads=torch.get_num_threads())
-    return Run(**run | dict(device="cpu", compile=False, deterministic=False) | changes)
+    settings.update(changes)
+    return Settings(**settings)

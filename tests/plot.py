@@ -1,4 +1,4 @@
-"""A picture of how runs went, from their log.csv: python tests/plot.py LOG... --out curve.svg"""
+"""Draw how runs went, from their log.csv: python tests/plot.py LOG... --out curve.svg"""
 
 import argparse
 import csv
@@ -9,23 +9,25 @@ from matplotlib import pyplot
 
 
 def read(path, column):
-    """(seconds, values) of a column of a log.csv, where it has any."""
-    with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row[column]]
-    return [float(row["seconds"]) for row in rows], [float(row[column]) for row in rows]
+    """(seconds, values) of a column of a log.csv, from the lines that have a value there."""
+    seconds, values = [], []
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row[column]:
+                seconds.append(float(row["seconds"]))
+                values.append(float(row[column]))
+    return seconds, values
 
 
 def main():
     parser = argparse.ArgumentParser(description="Draw loss and bits per byte of runs over their time.")
-    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="log.csv of a run, or several")
+    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="log.csv of one run or of several")
     parser.add_argument("--out", required=True, help="the picture: .svg, .png or .pdf")
     parser.add_argument("--yardstick", nargs=2, metavar=("NAME", "BPB"), help="a line for comparison")
     args = parser.parse_args()
-    matplotlib.rcParams |= {
-        "svg.hashsalt": "",
-        "svg.fonttype": "none",
-        "font.size": 9,
-    }  # equal runs, equal files
+    matplotlib.rcParams["font.size"] = 9
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
+    matplotlib.rcParams["svg.hashsalt"] = ""  # equal logs give equal files
     figure, (loss, bpb) = pyplot.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
     for log in args.logs:
         loss.plot(*read(log, "train_loss"), linewidth=1, label=log.parent.name)
@@ -39,7 +41,10 @@ def main():
         axes.set_xlabel("seconds")
         axes.spines[["top", "right"]].set_visible(False)
     bpb.legend(frameon=False)
-    figure.savefig(args.out, metadata={"Date": None} if args.out.endswith(".svg") else None)
+    metadata = None
+    if args.out.endswith(".svg"):
+        metadata = {"Date": None}
+    figure.savefig(args.out, metadata=metadata)
 
 
 if __name__ == "__main__":

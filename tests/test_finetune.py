@@ -2,13 +2,20 @@
 preferences start at ln 2, and a run that was stopped ends as if it had not been.
 """
 
+import argparse
+import csv
 import json
 import math
+import os
+import platform
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import cache
 from types import SimpleNamespace
 
 import peft
@@ -17,22 +24,31 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT, WORDS, make_run, read_log, run_main
+from conftest import FORKS, ROOT, WORDS, in_fork, make_settings, read_log, run_main
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import finetune as stage
-import loop
-import machine
-from data import examples, prepare
-from data.examples import Example, Examples, hold_out, read_examples, with_chat_tokens
+import train
+from data import examples, prepare, tasks
+from data.examples import Example, Examples, hold_out, read_examples
 from data.loader import IGNORED
-from lora import add_lora, load_adapter, merge, num_lora_params, put_adapter, save_adapter
+from finetune import (
+    PreferenceLoss,
+    TuneSettings,
+    add_lora,
+    answer,
+    exact_match,
+    log_probs,
+    macro,
+    merge,
+    save_adapter,
+    set_references,
+    yardsticks,
+)
 from model import Config, Transformer
-from preference import cache_references, dpo_loss, log_probs
-from sample import end_ids, generate, load, render
-from scoring import answer, exact_match, macro
-from tokenizer import Tokenizer
+from sample import end_ids, generate, load
+from tokenizer import Tokenizer, render, with_chat_tokens
 
 START, END = "<|im_start|>", "<|im_end|>"
 DIALOGUE = [
@@ -59,30 +75,18 @@ def write_lines(path, records):
 
 def test_only_what_the_assistant_says_is_learned_and_all_of_it(tokenizer):
     part = Examples([Example([DIALOGUE], "all")], tokenizer, 128, 1)
-    ids, targets, counts, _ = part.batch(0)
-    learned = [i for i in targets[0].tolist() if i != IGNORED]
+    ids, targets, _, _ = part.batch(0)
+    assert ids.shape == targets.shape and ids.shape[:2] == (1, 1)
+    ids, targets = ids[0, 0], targets[0, 0]
+    learned = [i for i in targets.tolist() if i != IGNORED]
     end = tokenizer.special_tokens[END]
     assert learned == [*tokenizer.encode("the mat"), end, *tokenizer.encode("and the dog"), end]
-    assert counts.tolist() == [len(learned)]
     whole, _ = render(tokenizer, DIALOGUE)
     n = len(whole) - 1
-    assert ids[0, :n].tolist() == whole[:-1]
-    kept = targets[0, :n] != IGNORED
-    assert torch.equal(targets[0, :n][kept], torch.tensor(whole[1:])[kept])  # each at the place before it
-    assert (targets[0, n:] == IGNORED).all()
-
-
-@settings(max_examples=1000, deadline=None)
-@given(
-    st.lists(st.sampled_from([START, END, "user", "assistant\n", "<|im", "_end|>", "\n", "x "]), max_size=8)
-)
-def test_text_never_becomes_a_role(tokenizer, pieces):
-    text = "".join(pieces)
-    ids, mask = render(tokenizer, [{"role": "user", "content": text}, {"role": "assistant", "content": text}])
-    counts = Counter(ids)
-    assert counts[tokenizer.special_tokens[START]] == counts[tokenizer.special_tokens[END]] == 2
-    said = [i for i, learned in zip(ids, mask) if learned]
-    assert tokenizer.decode(said) == text.strip() + END
+    assert ids[:n].tolist() == whole[:-1]
+    kept = targets[:n] != IGNORED
+    assert torch.equal(targets[:n][kept], torch.tensor(whole[1:])[kept])  # each at the place before it
+    assert (targets[n:] == IGNORED).all()
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +115,7 @@ def test_a_long_conversation_is_cut_at_a_turn_or_else_within_the_answer(tokenize
     whole = len(render(tokenizer, DIALOGUE)[0])
     first = len(render(tokenizer, DIALOGUE[:3])[0])
     for room in range(4, whole + 2):
-        ids, mask, is_cut = examples.fit(tokenizer, DIALOGUE, room)
+        ids, mask, is_cut = examples.encode_conversation(tokenizer, DIALOGUE, room)
         assert len(ids) <= room and is_cut == (len(ids) < whole)
         if first <= room < whole:  # the question after it may stay, a part of an answer may not
             second = len(render(tokenizer, DIALOGUE[:4])[0])
@@ -150,7 +154,7 @@ def test_unusable_lines_are_named_and_counted(tmp_path, capsys):
     assert "12 lines of" in printed and "of 14" in printed
     for number, why in ((2, "Expecting value"), (4, "prompt"), (5, "first turn must be the user's"),
                         (6, "no turn of the assistant"), (7, "robot"), (8, "system"), (9, "is empty"),
-                        (10, "is no text"), (11, "content")):  # fmt: skip
+                        (10, "is not a text"), (11, "content")):  # fmt: skip
         line = next(line for line in printed.splitlines() if f"line {number}:" in line)
         assert why in line
     assert "line 13" not in printed  # ten are shown
@@ -170,10 +174,12 @@ def test_of_a_pair_only_the_last_answer_counts_and_equal_ones_are_left_out(token
     history, (question,) = DIALOGUE[1:3], [{"role": "user", "content": "sat on"}]
     both = [[*history, question, {"role": "assistant", "content": text}] for text in ("the mat", "the dog")]
     part = Examples([Example(both, "all")], tokenizer, 128, 1)
+    _, targets, _, _ = part.batch(0)
+    assert targets.shape[:2] == (1, 2)
     for k, text in enumerate(("the mat", "the dog")):
-        learned = [i for i in part.batch(0)[1][0, k].tolist() if i != IGNORED]
+        learned = [i for i in targets[0, k].tolist() if i != IGNORED]
         assert learned == [*tokenizer.encode(text), tokenizer.special_tokens[END]]
-    room = len(render(tokenizer, both[0][:-1], answer=True)[0])
+    room = len(render(tokenizer, both[0][:-1], add_generation_prompt=True)[0])
     with pytest.raises(ValueError, match="no example has an answer"):
         Examples([Example(both, "all")], tokenizer, room, 1)  # cut where they are still the same
 
@@ -212,11 +218,10 @@ def test_every_epoch_takes_every_example_once_and_in_a_new_order(several):
         assert len(batches) == several.per_epoch == 7
         assert sorted(sum(batches, [])) == list(range(53))
     assert epochs[0] != epochs[1]
-    padding = [several.tensors(batch)[1].shape[1] for batch in epochs[0]]
+    padding = [several.tensors(batch)[1].shape[2] for batch in epochs[0]]
     rows = sum(len(batch) * T for batch, T in zip(epochs[0], padding))
     assert rows < 1.4 * sum(len(ids) - 1 for ((ids, _),) in several.rows)  # little of it is padding
     assert len(set(padding)) <= 4  # and there are few shapes
-    assert several.mean_tokens() == rows / 7
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -225,14 +230,15 @@ def test_processes_share_a_batch_and_have_as_many_rows(several, world):
         whole = several.batch(step)
         parts = [several.batch(step, rank, world) for rank in range(world)]
         assert len({len(part[0]) for part in parts}) == 1
-        kept = [row for part in parts for row, n in zip(part[1].tolist(), part[2].tolist()) if n]
-        assert sorted(kept) == sorted(whole[1].tolist())
+        kept = [row for _, targets, _, _ in parts for row in targets[:, 0].tolist() if set(row) != {IGNORED}]
+        assert sorted(kept) == sorted(whole[1][:, 0].tolist())
 
 
 def test_padding_changes_no_loss_and_no_gradient(several, model):
     """There is no mask for it: it stands behind what counts, and attention looks back."""
     batch = several.epoch(0)[0]
-    ids, targets, *_ = several.tensors(batch)
+    ids, targets, _, _ = several.tensors(batch)
+    ids, targets = ids[:, 0], targets[:, 0]
     assert min(len(several.rows[i][0][0]) for i in batch) < ids.size(1)
     together, rows = model.loss(ids, targets, reduction="rows")
     together.backward()
@@ -248,20 +254,33 @@ def test_padding_changes_no_loss_and_no_gradient(several, model):
         torch.testing.assert_close(p.grad, gradients[name], atol=1e-4, rtol=1e-4)
 
 
+def tune_settings(**changes):
+    """The TuneSettings of a tiny run."""
+    return TuneSettings(**asdict(make_settings()) | changes)
+
+
 def test_losses_are_told_apart_by_channel_as_sums(several, model):
     """Means of means would be wrong: the channels have unlike numbers of targets."""
-    batches = [several.tensors(batch) for batch in several.by_length()]
-    sums = loop.sum_losses(model, loop.next_token_loss, batches, 2)
+    objective = train.NextTokenLoss(model)
+    values = stage.evaluate(objective, ("loss",), SimpleNamespace(dev=several), tune_settings())
     expected = torch.zeros(2, 2, dtype=torch.float64)
     for i in range(53):
-        ids, targets, counts, channels = several.tensors([i])
+        ids, targets, _, channels = several.tensors([i])
         with torch.no_grad():
-            loss = model.loss(ids, targets, reduction="sum").item()
-        expected[channels[0]] += torch.tensor([counts[0], loss])
-    torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-3)
-    values = loop.means(("loss",), several.channels, sums, "val")
+            loss = model.loss(ids[:, 0], targets[:, 0], reduction="sum").item()
+        expected[channels[0]] += torch.tensor([int((targets != IGNORED).sum()), loss])
+    assert values.keys() == {"val_loss", "val_loss a", "val_loss b"}
     assert values["val_loss a"] == pytest.approx((expected[0, 1] / expected[0, 0]).item(), rel=1e-5)
+    assert values["val_loss b"] == pytest.approx((expected[1, 1] / expected[1, 0]).item(), rel=1e-5)
     assert values["val_loss"] == pytest.approx((expected[:, 1].sum() / expected[:, 0].sum()).item(), rel=1e-5)
+
+
+def test_replayed_text_has_a_loss_of_its_own_and_no_part_in_the_mean():
+    sums = torch.tensor([[2.0, 3.0], [0.0, 0.0], [10.0, 50.0]])
+    values = stage.averages("train", ("loss",), ["a", "b", stage.REPLAYED], sums)
+    assert values == {
+        "train_loss": 1.5, "train_loss a": 1.5, "train_loss b": None, f"train_loss {stage.REPLAYED}": 5.0,
+    }  # fmt: skip
 
 
 # --- low-rank updates ---
@@ -293,21 +312,22 @@ def test_an_update_starts_as_nothing_and_merges_into_the_same_model(model, tiny_
 @pytest.mark.parametrize(
     "changes", [{}, dict(qkv_bias=True, tie_embeddings=False), dict(head_dim=10, n_kv_head=1)]
 )
-def test_as_many_parameters_learn_as_the_closed_form_says(tiny_config, changes):
+def test_only_the_update_learns(tiny_config, changes):
+    """Two thin matrices for each of a block's seven; all else gets no gradient."""
     config = replace(tiny_config, **{"head_dim": 0} | changes)
-    model = add_lora(Transformer(config), 3, 6.0)
-    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert all(".lora_" in name for name in learning)
-    assert sum(p.numel() for p in learning.values()) == num_lora_params(config, 3)
-    optimizer = torch.optim.AdamW(learning.values())
+    model = Transformer(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    add_lora(model, 3, 6.0)
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(learning) == config.n_layer * len(stage.MATRICES) * 2
+    assert all(name.endswith((".lora_A", ".lora_B")) for name in learning)
     ids = torch.randint(320, (2, 9))
     model.loss(ids, ids).backward()
-    assert all(p.grad is None for name, p in model.named_parameters() if name not in learning)
-    optimizer.step()
-    moments = [t for s in optimizer.state.values() for t in s.values() if t.ndim]
-    estimate = machine.training_memory(config, make_run(), num_lora_params(config, 3))
-    assert estimate["moments"] == sum(t.nbytes for t in moments)
-    assert estimate["gradients"] == sum(p.grad.nbytes for p in learning.values())
+    for name, p in model.named_parameters():
+        assert (p.grad is not None) == (name in learning), name
+        if name.endswith("lora_B"):
+            assert p.grad.abs().max() > 0, name
 
 
 @pytest.mark.parametrize("rank", [0, 33])
@@ -316,7 +336,7 @@ def test_a_rank_that_does_not_suit_the_model_is_refused(model, rank):
         add_lora(model, rank, 1.0)
 
 
-def test_peft_opens_an_update_and_we_open_what_peft_saves(model, tokenizer, tmp_path):
+def test_peft_opens_an_update_and_computes_the_same(model, tokenizer, tmp_path):
     model.save(tmp_path / "base", tokenizer)
     ids = torch.randint(320, (2, 16))
     adapted = with_update(model)
@@ -324,27 +344,6 @@ def test_peft_opens_an_update_and_we_open_what_peft_saves(model, tokenizer, tmp_
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     torch.testing.assert_close(theirs(ids).logits, adapted(ids), atol=1e-4, rtol=1e-4)
-    theirs.save_pretrained(tmp_path / "again")
-    update, rank, alpha = load_adapter(tmp_path / "again")
-    assert (rank, alpha) == (4, 6.0)
-    ours = {name: p for name, p in model.state_dict().items() if ".lora_" in name}
-    assert update.keys() == ours.keys()
-    assert all(torch.equal(update[name], ours[name]) for name in ours)
-
-
-def test_an_update_that_does_not_fit_is_refused(model, tmp_path):
-    with pytest.raises(ValueError, match="is no adapter that fits here"):
-        load_adapter(tmp_path)
-    save_adapter(tmp_path, with_update(model).state_dict(), 4, 6.0, "base")
-    settings_ = json.loads((tmp_path / "adapter_config.json").read_text())
-    for change in ({"target_modules": ["q_proj"]}, {"use_dora": True}):
-        (tmp_path / "adapter_config.json").write_text(json.dumps(settings_ | change))
-        with pytest.raises(ValueError, match="it adapts"):
-            load_adapter(tmp_path)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings_))
-    other = add_lora(Transformer(replace(model.config, n_hidden=96)), 4, 6.0)
-    with pytest.raises(ValueError, match="is an update of a model of another shape"):
-        put_adapter(other, tmp_path)
 
 
 # --- preferences ---
@@ -363,7 +362,7 @@ def pairs(tokenizer):
 
 
 def test_log_probabilities_are_those_of_the_answers_alone(pairs, model):
-    cache_references(model, pairs, make_run())
+    set_references(model, pairs, make_settings())
     for i, row in enumerate(pairs.rows):
         for k, (ids, mask) in enumerate(row):
             with torch.no_grad():
@@ -373,41 +372,53 @@ def test_log_probabilities_are_those_of_the_answers_alone(pairs, model):
 
 
 def test_preferring_starts_at_ln_2_and_widens_the_margin(pairs, model):
-    cache_references(model, pairs, make_run())
-    loss_of = stage.partial(dpo_loss, beta=0.1, likelihood=0.0)
+    set_references(model, pairs, make_settings())
+    objective = PreferenceLoss(model, beta=0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     optimizer.param_groups[0]["initial_lr"] = 1e-3
-    given_ = SimpleNamespace(model=model, optimizers=[optimizer], loss_of=loss_of)
     for step in range(12):
-        *batch, counts, _ = pairs.batch(step)
-        rows, _ = loop.training_step(given_, batch, int(counts.sum()), 1.0, make_run(micro_batch=3))
+        ids, targets, references, _ = pairs.batch(step)
+        batch, tuning = (ids, targets, references), make_settings(micro_batch=3)
+        rows, _ = train.training_step(objective, [optimizer], batch, len(ids), 1.0, tuning)
         if step == 0:
             assert rows[:, 0].tolist() == pytest.approx([math.log(2)] * len(rows), abs=1e-4)
             assert rows[:, 1].abs().max() < 1e-3
-    sums = loop.sum_losses(model, loss_of, [pairs.tensors(batch) for batch in pairs.by_length()], 1)
-    values = loop.means(stage.MEASURES, pairs.channels, sums, "val")
+    tuning = tune_settings(method="dpo")
+    values = stage.evaluate(objective, stage.MEASURES, SimpleNamespace(dev=pairs), tuning)
     assert values["val_margin"] > 0.1 and values["val_accuracy"] == 1
     assert values["val_loss"] < math.log(2)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_preferring_starts_at_ln_2_whatever_the_dtype(pairs, model, dtype):
+    tuning = tune_settings(dtype=dtype, method="dpo")
+    set_references(model, pairs, tuning)
+    objective = PreferenceLoss(model, beta=1.0)
+    values = stage.evaluate(objective, stage.MEASURES, SimpleNamespace(dev=pairs), tuning)
+    assert values["val_loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
 def test_the_loss_of_a_pair_is_that_of_the_paper(pairs, model):
-    cache_references(model, pairs, make_run())
+    set_references(model, pairs, make_settings())
     torch.manual_seed(1)
     for p in model.parameters():
         p.data += 0.02 * torch.randn_like(p)
-    ids, targets, reference, counts, _ = pairs.batch(0)
-    total, rows = dpo_loss(model, ids, targets, reference, beta=0.3, likelihood=0.5)
+    ids, targets, references, _ = pairs.batch(0)
+    objective = PreferenceLoss(model, beta=0.3, likelihood=0.5)
+    total, rows = objective(ids, targets, references)
     expected = 0
     for i in range(len(ids)):
         chosen, rejected = log_probs(model, ids[i], targets[i])
-        ratios = (chosen - reference[i, 0]) - (rejected - reference[i, 1])
+        ratios = (chosen - references[i, 0]) - (rejected - references[i, 1])
         expected = expected - F.logsigmoid(0.3 * ratios) - 0.5 * chosen / (targets[i, 0] != IGNORED).sum()
     assert total.item() == pytest.approx(expected.item(), rel=1e-4)
     assert rows[:, 0].sum().item() == pytest.approx(total.item(), rel=1e-5)
     # a row without targets, which a process may get, counts for nothing
     empty = torch.full_like(targets[:1], IGNORED)
-    more = [torch.cat(part) for part in ((ids, ids[:1]), (targets, empty), (reference, reference[:1]))]
-    assert dpo_loss(model, *more, beta=0.3, likelihood=0.5)[0].item() == pytest.approx(total.item(), rel=1e-5)
+    more = [torch.cat(part) for part in ((ids, ids[:1]), (targets, empty), (references, references[:1]))]
+    again, rows = objective(*more)
+    assert again.item() == pytest.approx(total.item(), rel=1e-5)
+    assert not rows[-1].any()
 
 
 # --- tokens that a base model lacks ---
@@ -417,6 +428,7 @@ def test_missing_chat_tokens_are_added_at_the_mean(tmp_path, tiny_config):
     for tied, V, special in ((True, 300, "<|endoftext|>"), (False, 320, "<|begin_of_text|>")):
         plain = Tokenizer.train([WORDS * 3], vocab_size=300, special_tokens=(special,))
         model = Transformer(replace(tiny_config, vocab_size=V, tie_embeddings=tied))
+        torch.nn.init.normal_(model.model.embed_tokens.weight, mean=0.5, std=0.02)
         before = model.model.embed_tokens.weight.detach().clone()
         tokenizer = with_chat_tokens(plain)
         stage.add_rows(model, plain.vocab_size, tokenizer.vocab_size)
@@ -434,6 +446,32 @@ def test_missing_chat_tokens_are_added_at_the_mean(tmp_path, tiny_config):
         torch.testing.assert_close(theirs(ids).logits, model.eval()(ids), atol=1e-4, rtol=1e-4)
 
 
+# --- exact match ---
+
+
+def test_macros_are_means_over_kinds_without_long_questions():
+    kinds = ["args", "args, many", "fix", "fix"]
+    shares = exact_match([turn("q", "a", kind) for kind in kinds], ["a ", "b", "a", "b"])
+    assert shares == {"args": 1, "args, many": 0, "fix": 0.5}
+    assert macro(shares) == (1 + 0.5) / 2
+    assert macro({}) is None
+
+
+def test_yardsticks_are_the_most_frequent_answer_and_the_rule():
+    learned = [turn("p", "a", "args"), turn("q", "b", "args"), turn("r", "b", "args")]
+    test = [turn("s", "b", "args"), turn("t", "a", "args"), turn("u", "a", "unseen")]
+    test.append(turn(f"{tasks.FIX}if x", "if x:", "fix"))
+    measured = yardsticks(learned, test)
+    assert measured == {"most_frequent": {"args": 0.5, "fix": 0, "unseen": 0}, "rule": {"fix": 1}}
+
+
+def test_batched_answers_are_those_of_one_after_the_other(model, tokenizer):
+    model.config.block_size = 128
+    questions = [[{"role": "user", "content": "the cat " * (i % 5)}] for i in range(9)]
+    together = answer(model, tokenizer, questions, 12, batch_size=4)
+    assert together == [answer(model, tokenizer, [question], 12)[0] for question in questions]
+
+
 # --- the script ---
 
 
@@ -447,9 +485,7 @@ def base(tmp_path_factory, tokenizer):
     config = Config(320, 64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_hidden=64)
     torch.manual_seed(0)
     Transformer(config).save(folder / "base", tokenizer)
-    state = {"data": "test-finetune", "stage": "pretraining"}
-    (folder / "base/checkpoints/step_000001").mkdir(parents=True)
-    torch.save(state, folder / "base/checkpoints/step_000001/train_state.pt")
+    torch.save({"script": "train.py", "data": "test-finetune"}, folder / "base/train_state.pt")
     yield folder / "base"
     shutil.rmtree(prepare.DATA / "test-finetune")
 
@@ -475,20 +511,46 @@ def run_here(*arguments):
     return run_main(stage.main, "finetune.py", "--device", "cpu", *arguments)
 
 
+def start_process(folder, *arguments):
+    """finetune.py in a process that a test may kill; what it prints goes to files in the folder."""
+    folder.mkdir()
+    arguments = ["--device", "cpu", *map(str, arguments)]
+    process = FORKS.Process(target=in_fork, args=("finetune.py", arguments, "", str(folder)), daemon=True)
+    process.start()
+    return process
+
+
+def wait_for_save(out, process):
+    """Return as soon as a run has saved its state once more, or has ended."""
+
+    def newest():
+        path = out / "train_state.pt"
+        return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
+
+    before, deadline = newest(), time.monotonic() + 60
+    while newest() == before and process.is_alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def read_state(out):
+    return torch.load(out / "train_state.pt", weights_only=True)
+
+
 SHORT = ("--batch-size", 8, "--dtype", "float32", "--eval-every", 5, "--save-every", 3)
+KINDS = ("full", "lora", "dpo")
 
 
 def test_a_model_learns_to_answer_and_it_is_measured(base, chat, tmp_path):
     test = write_lines(tmp_path / "test.jsonl", [{"prompt": "say cat 0", "completion": "cat"}] * 2)
     out = tmp_path / "out"
     options = ("--examples", chat, "--test", test, "--lr", 0.01, "--steps", 250, "--replay", 0.25)
-    printed = run_here("--model", base, *options, *SHORT, "--out", out)
-    assert "25% of the rows of a batch are from test-finetune" in printed and "held out" in printed
+    printed = run_here("--model", base, *options, *SHORT[:4], "--eval-every", 50, "--out", out)
+    assert "25% of each batch from test-finetune" in printed and "held out" in printed
     results = json.loads((out / "results.json").read_text())
-    assert results["exact_match"]["all"] | {"most_frequent": 0} == {
-        "base": 0.0, "tuned": 1.0, "most_frequent": 0, "n": 2,
-    }  # fmt: skip
-    assert results["macro"] == 1 and results["bpb"]["before"] > results["bpb"]["after"] > 0
+    assert results["exact_match"] == {"all": {"base": 0, "tuned": 1, "most_frequent": 0, "n": 2}}
+    assert results["macro"] == 1 and results["questions"] == {"all": "say cat 0"}
+    assert results["bpb"]["before"] > results["bpb"]["after"] > 0
     assert f"{results['bpb']['after']:.4f} now" in printed
     rows = read_log(out)
     assert float(rows[-1]["val_bpb"]) == pytest.approx(results["bpb"]["after"], abs=1e-4)
@@ -496,11 +558,11 @@ def test_a_model_learns_to_answer_and_it_is_measured(base, chat, tmp_path):
         assert float(rows[-1][f"val_loss {name}"]) < 0.5
         assert any(row[f"train_loss {name}"] for row in rows)
     assert any(row["train_loss (replay)"] for row in rows)
-    assert [name for name in rows[0] if "bpb" in name] == ["val_bpb"]
     model, tokenizer = load(out)
     assert end_ids(out, tokenizer) == {tokenizer.special_tokens[name] for name in ("<|endoftext|>", END)}
-    prompt = render(tokenizer, [{"role": "user", "content": "say mat 3"}], answer=True)[0]
-    ids = [i for (i,) in generate(model, [prompt], 8, end_ids(out, tokenizer), temperature=0)]
+    prompt, _ = render(tokenizer, [{"role": "user", "content": "say mat 3"}], add_generation_prompt=True)
+    steps = generate(model, [prompt], 8, stop_ids=end_ids(out, tokenizer), temperature=0)
+    ids = [new for (new,) in steps]
     assert tokenizer.decode(ids) == "mat"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     made = theirs.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :]
@@ -508,106 +570,183 @@ def test_a_model_learns_to_answer_and_it_is_measured(base, chat, tmp_path):
     assert "is finished: 250 steps" in run_here("--resume", "--out", out)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(base, chat, preferred, tmp_path_factory):
+    """A function: the folder of a short run of each kind, and the options of that run.
+
+    Beside the folder stand copies of it, made at each save between the state and the model.
+    """
+    options = {
+        "full": ("--examples", chat, "--replay", 0.25),
+        "lora": ("--examples", chat, "--lora-rank", 2),
+        "dpo": ("--examples", preferred, "--method", "dpo", "--lora-rank", 2),
+    }
+
+    @cache
+    def run(kind):
+        folder = tmp_path_factory.mktemp(kind)
+
+        def save_and_copy(out, state, *learning):
+            train.save_state(out, state, *learning)
+            shutil.copytree(out, folder / f"killed_at_{state['step']}")
+
+        arguments = ("--model", base, *options[kind], "--steps", 12, *SHORT, "--lr", 0.001)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stage, "save_state", save_and_copy)
+            run_here(*arguments, "--out", folder / "whole")
+        return folder / "whole", arguments
+
+    return run
+
+
 def assert_same_run(out, other):
-    names = ["model.safetensors", "samples.txt", "results.json"]
-    names += ["adapter/adapter_model.safetensors"] * (out / "adapter").exists()
+    names = ["model.safetensors", "best/model.safetensors", "samples.txt", "results.json"]
+    if (other / "adapter").exists():
+        names.append("adapter/adapter_model.safetensors")
     for name in names:
         assert (out / name).read_bytes() == (other / name).read_bytes(), name
     assert read_log(out) == read_log(other)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dpo_starts_at_ln_2_whatever_the_dtype(pairs, model, dtype):
-    run = make_run(dtype=dtype, micro_batch=4)
-    cache_references(model, pairs, run)
-    with machine.precision("cpu", dtype):
-        batches = [pairs.tensors(indices) for indices in pairs.by_length(4)]
-        sums = loop.sum_losses(model, stage.partial(dpo_loss, beta=1.0, likelihood=0.0), batches, 1)
-    assert (sums[0, 1] / sums[0, 0]).item() == pytest.approx(math.log(2), abs=1e-4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_killed_right_after_any_save_goes_on_to_the_same_bits(undisturbed, kind):
+    whole, _ = undisturbed(kind)
+    copies = sorted(whole.parent.glob("killed_at_*"))
+    assert {path.name for path in copies} == {f"killed_at_{step}" for step in (3, 5, 6, 9, 10, 12)}
+    for out in copies:
+        step = out.name.removeprefix("killed_at_")
+        for name in ("log.csv", "samples.txt"):
+            with open(out / name, "a") as file:
+                file.write("what came after the save")
+        assert f"after step {step}\n" in run_here("--resume", "--out", out)
+        assert_same_run(out, whole)
+        losses = [float(row["val_loss"]) for row in read_log(out) if row["val_loss"]]
+        assert read_state(out)["best"] == pytest.approx(min(losses), abs=1e-4)
+        shutil.rmtree(out)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "dpo"])
-def test_a_run_killed_at_any_checkpoint_goes_on_to_the_same_bits(base, chat, preferred, tmp_path, kind):
-    options = {
-        "full": ("--examples", chat),
-        "lora": ("--examples", chat, "--lora-rank", 2),
-        "dpo": ("--examples", preferred, "--method", "dpo", "--lora-rank", 2),
-    }[kind]
-    whole = tmp_path / "whole"
-    printed = run_here("--model", base, *options, "--steps", 12, *SHORT, "--out", whole)
-    assert "MB with LoRA of rank" in printed
-    steps = sorted(path.name for path in whole.glob("checkpoints/step_*"))
-    assert steps == ["step_000010", "step_000012"]
-    shutil.copytree(whole, tmp_path / "killed")
-    (tmp_path / "killed/results.json").unlink()
-    assert "after step 12 of 12" in run_here(
-        "--resume", "--out", tmp_path / "killed"
-    )  # killed while it counted
-    assert_same_run(tmp_path / "killed", whole)
-    shutil.rmtree(tmp_path / "killed/checkpoints/step_000012")
-    (tmp_path / "killed/results.json").unlink()
-    assert "after step 10 of 12" in run_here("--resume", "--out", tmp_path / "killed")
-    assert_same_run(tmp_path / "killed", whole)
-    with pytest.raises(ValueError, match="--lr: a resumed run keeps its settings"):
-        run_here("--resume", "--out", whole, "--lr", 1)
-    if kind == "lora":
-        update, _, _ = load_adapter(whole / "adapter")
-        merged = safetensors.torch.load_file(whole / "model.safetensors")
-        begun = safetensors.torch.load_file(base / "model.safetensors")
-        name = "model.layers.0.mlp.up_proj"
-        delta = 2 * update[f"{name}.lora_B"] @ update[f"{name}.lora_A"]
-        assert delta.abs().max() > 0
-        torch.testing.assert_close(merged[f"{name}.weight"], begun[f"{name}.weight"] + delta)
-        assert torch.equal(merged["model.embed_tokens.weight"], begun["model.embed_tokens.weight"])
-    if kind == "dpo":
-        rows = read_log(whole)
-        assert float(rows[0]["train_loss"]) == pytest.approx(math.log(2), abs=1e-3)
-        assert float(rows[-1]["val_margin"]) > 0 and float(rows[-1]["val_accuracy"]) == 1
-        assert float(rows[-1]["val_log_p_chosen"]) < 0 and float(rows[-1]["train_log_p_rejected"]) < 0
+def test_a_run_killed_between_two_lines_of_its_log_loses_no_loss(base, chat, tmp_path, monkeypatch):
+    """The log has a hundred lines at most, so some of more steps have none."""
+    out, copy = tmp_path / "out", tmp_path / "copy"
+
+    def save_and_copy(out, state, *learning):
+        train.save_state(out, state, *learning)
+        if state["step"] == 100:
+            shutil.copytree(out, copy)
+
+    monkeypatch.setattr(stage, "save_state", save_and_copy)
+    options = ("--steps", 110, *SHORT[:4], "--save-every", 100, "--eval-every", 110, "--lr", 0.001)
+    run_here("--model", base, "--examples", chat, *options, "--out", out)
+    assert "100" not in {row["step"] for row in read_log(out)}
+    run_here("--resume", "--out", copy)
+    assert_same_run(copy, out)
 
 
-def test_a_run_goes_on_with_the_examples_that_it_began_with_or_not_at_all(base, chat, tmp_path):
-    mine = tmp_path / "mine.jsonl"
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_process_killed_twice_goes_on_to_the_same_bits(undisturbed, tmp_path, kind):
+    whole, arguments = undisturbed(kind)
+    out = tmp_path / "out"
+    for saves in (1, 2):
+        process = start_process(tmp_path / f"printed{saves}", *arguments, "--out", out)
+        for _ in range(saves):
+            wait_for_save(out, process)
+        process.kill()
+        process.join()
+        assert (tmp_path / f"printed{saves}/stderr").read_text() == ""
+        arguments = ("--resume",)
+    run_here("--resume", "--out", out)
+    assert_same_run(out, whole)
+
+
+def test_the_merged_model_is_the_base_plus_the_update(undisturbed, base):
+    whole, _ = undisturbed("lora")
+    update = safetensors.torch.load_file(whole / "adapter/adapter_model.safetensors")
+    merged = safetensors.torch.load_file(whole / "model.safetensors")
+    begun = safetensors.torch.load_file(base / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    A, B = (update[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    assert B.abs().max() > 0
+    torch.testing.assert_close(merged[f"{name}.weight"], begun[f"{name}.weight"] + 2 * B @ A)
+    assert torch.equal(merged["model.embed_tokens.weight"], begun["model.embed_tokens.weight"])
+
+
+def test_preferring_lowers_the_loss_from_ln_2_and_says_how(undisturbed):
+    whole, _ = undisturbed("dpo")
+    first, *_, last = read_log(whole)
+    assert float(first["train_loss"]) == pytest.approx(math.log(2), abs=1e-3)
+    assert float(last["val_loss"]) < math.log(2)
+    assert float(last["val_margin"]) > 0 and float(last["val_accuracy"]) == 1
+    assert float(last["val_log_p_chosen"]) < 0 and float(last["train_log_p_rejected"]) < 0
+
+
+def test_while_a_run_goes_on_no_other_takes_its_folder_and_ctrl_c_saves_it(base, chat, tmp_path):
+    out = tmp_path / "out"
+    options = ("--model", base, "--examples", chat, *SHORT, "--out", out)
+    process = start_process(tmp_path / "printed", *options, "--steps", 100_000)
+    wait_for_save(out, process)
+    for arguments in (("--resume", "--out", out), (*options, "--steps", 1)):
+        with pytest.raises(ValueError, match="another process is training in .*out: choose another --out"):
+            run_here(*arguments)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    printed = (tmp_path / "printed/stdout").read_text()
+    state = read_state(out)
+    assert f"stopped after step {state['step']:,}; to go on: python finetune.py --resume --out" in printed
+    saved = safetensors.torch.load_file(out / "model.safetensors")
+    assert torch.equal(saved["model.norm.weight"], state["weights"]["model.norm.weight"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_learn_what_one_learns(undisturbed, tmp_path, kind):
+    """But for rounding: Adam's first steps go by the sign of a gradient, even of one that is nearly zero."""
+    whole, arguments = undisturbed(kind)
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*program, ROOT / "finetune.py", "--device", "cpu", *arguments, "--out", tmp_path / "two"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    for row, expected in zip(read_log(tmp_path / "two"), read_log(whole), strict=True):
+        assert row.keys() == expected.keys()
+        for name in row.keys() - {"tokens"}:  # which count the row that fills up an uneven batch
+            value = expected[name]
+            assert float(row[name] or 0) == pytest.approx(float(value or 0), rel=0.02, abs=0.01), name
+
+
+def test_a_run_goes_on_with_what_it_began_with_or_not_at_all(base, chat, tmp_path):
+    mine, out = tmp_path / "mine.jsonl", tmp_path / "out"
     shutil.copy(chat, mine)
-    run_here("--model", base, "--examples", mine, "--steps", 1, *SHORT, "--out", tmp_path / "out")
+    run_here("--model", base, "--examples", mine, "--steps", 1, *SHORT, "--out", out)
+    with pytest.raises(ValueError, match="--lr: a resumed run keeps its settings"):
+        run_here("--resume", "--out", out, "--lr", 1)
     with open(mine, "a") as file:
         file.write('{"prompt": "more", "completion": "more"}\n')
     with pytest.raises(ValueError, match="mine.jsonl has changed since the run began"):
-        run_here("--resume", "--out", tmp_path / "out")
+        run_here("--resume", "--out", out)
     shutil.copy(chat, mine)
     shutil.copy(base / "model.safetensors", base / "another.safetensors")
     try:
         with pytest.raises(ValueError, match="another.safetensors has changed since the run began"):
-            run_here("--resume", "--out", tmp_path / "out")
+            run_here("--resume", "--out", out)
     finally:
         (base / "another.safetensors").unlink()
+    assert "is finished: 1 steps" in run_here("--resume", "--out", out)
 
 
-def test_an_update_can_be_trained_further(base, chat, tmp_path):
-    """And it is that of the model that it names."""
-    options = ("--examples", chat, "--steps", 5, *SHORT)
-    run_here("--model", base, *options, "--lora-rank", 2, "--lora-alpha", 3, "--out", tmp_path / "a")
-    run_here(*options, "--adapter", tmp_path / "a/adapter", "--out", tmp_path / "b")
-    first, second = read_log(tmp_path / "a"), read_log(tmp_path / "b")
-    assert float(second[0]["train_loss animal"]) < float(first[0]["train_loss animal"])
-    assert load_adapter(tmp_path / "b/adapter")[1:] == (2, 3.0)
-    begun = torch.load(tmp_path / "b/checkpoints/step_000003/train_state.pt", weights_only=True)
-    assert begun["sources"]["adapter"] == str(tmp_path / "a/adapter")
-    assert begun["sources"]["base"] == str(base)
-    save_adapter(tmp_path / "a/adapter", {}, 2, 3.0, tmp_path / "gone")
-    with pytest.raises(ValueError, match="belongs to the model '.*gone', which is not there"):
-        run_here(*options, "--adapter", tmp_path / "a/adapter")
-
-
-def test_a_qwen_like_folder_in_bfloat16_can_be_tuned_both_ways(tokenizer, chat, tmp_path):
+def test_a_qwen_like_folder_in_bfloat16_can_be_tuned_both_ways(tokenizer, base, chat, tmp_path):
+    """Also where it lacks the tokens of a chat, and its own text is unknown or of another tokenizer."""
     shape = dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_hidden=64, head_dim=32, tie_embeddings=False)
     plain = Tokenizer.train([WORDS * 3], vocab_size=300, special_tokens=("<|endoftext|>",))
     Transformer(Config(304, 64, qk_norm=True, **shape)).to(torch.bfloat16).save(tmp_path / "qwen", plain)
-    for options, dtype in (((), torch.float32), (("--lora-rank", 4), torch.bfloat16)):
+    cases = [
+        ((), torch.float32, "its text is unknown (--data)"),
+        (("--lora-rank", 4, "--data", "test-finetune"), torch.bfloat16, "prepared with another tokenizer"),
+    ]
+    for options, dtype, replay in cases:
         printed = run_here("--model", tmp_path / "qwen", "--examples", chat, "--steps", 3, *SHORT, *options,
                            "--out", tmp_path / "out")  # fmt: skip
         assert "no tokens for the layout of a chat: they are added" in printed
-        assert "its text is unknown (--data)" in printed
+        assert replay in printed
+        assert json.loads((tmp_path / "out/results.json").read_text())["bpb"]["after"] is None
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert type(theirs).__name__ == "Qwen3ForCausalLM" and theirs.config.vocab_size == 320
         assert Transformer.load(tmp_path / "out").model.norm.weight.dtype == dtype
@@ -621,64 +760,154 @@ def test_a_dry_run_shows_what_is_learned(base, chat, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_newest_base_model_is_taken(base, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "OUT", tmp_path)
+def test_without_options_the_newest_base_model_is_taught_the_small_tasks(
+    base, tokenizer, tmp_path, monkeypatch
+):
+    out, folder = tmp_path / "out", tmp_path / "tasks"
+    out.mkdir()
+    folder.mkdir()
+    monkeypatch.setattr(stage, "OUT", out)
+    monkeypatch.setattr(train, "OUT", out)
+    monkeypatch.setattr(tasks, "FOLDER", folder)
+    for split, n in (("train", 40), ("dev", 4), ("test", 2)):
+        lines = [f"x = f({split}{i}" for i in range(n)]
+        records = [{"prompt": tasks.FIX + x, "completion": x + ")", "channel": "fix"} for x in lines]
+        write_lines(folder / f"{split}.jsonl", records)
+    (folder / "meta.json").write_text(json.dumps({"python": platform.python_version(), "bytes": 0}))
     with pytest.raises(ValueError, match="no base model under out/ yet: run `python train.py`"):
-        stage.newest_base()
-    shutil.copytree(base, tmp_path / "a")
-    model = Transformer.load(base)
-    model.save(tmp_path / "a-chat", tokenizer, ends=[tokenizer.special_tokens[END]])
-    assert stage.newest_base() == tmp_path / "a"
+        run_here("--steps", 1)
+    shutil.copytree(base, out / "newest")
+    ends = [tokenizer.special_tokens[END]]
+    Transformer.load(base).save(out / "speaks", tokenizer, end_ids=ends)  # newer, but not a base model
+    printed = run_here("--steps", 2, *SHORT[:4])
+    assert "40: fix 40" in printed and "4: fix 4" in printed
+    results = json.loads((out / "newest-chat/results.json").read_text())
+    assert results["exact_match"]["fix"].keys() == {"base", "tuned", "most_frequent", "rule", "n"}
+    assert results["exact_match"]["fix"]["rule"] == 1
+    assert "newest-chat is finished: 2 steps" in run_here("--resume")
 
 
-def test_steps_follow_from_epochs_or_minutes(base, chat, tmp_path):
+# --- how long a run is ---
+
+
+def test_epochs_give_the_number_of_steps(base, chat, tmp_path):
     out = tmp_path / "out"
-    run_here("--model", base, "--examples", chat, "--epochs", 2, *SHORT[:4], "--replay", 0, "--out", out)
+    printed = run_here(
+        "--model", base, "--examples", chat, "--epochs", 2, *SHORT[:4], "--replay", 0, "--out", out
+    )
     learned = 48 - 2  # one of each channel is held out
-    assert int(read_log(out)[-1]["step"]) == 2 * math.ceil(learned / 8)
-    printed = run_here("--model", base, "--examples", chat, *SHORT[:4], "--replay", 0, "--out", out)
-    assert "each example 3 times" in printed and "--epochs 17 makes 100" in printed
+    steps = 2 * math.ceil(learned / 8)
+    assert int(read_log(out)[-1]["step"]) == steps
+    assert f"{steps}: each example 2 times" in printed
+    assert "these are few and teach little: --epochs 17 makes 100 steps" in printed
 
 
-def test_two_processes_learn_what_one_learns(base, chat, tmp_path):
-    """But for rounding: Adam's first steps go by the sign of a gradient, even of one that is nearly zero."""
-    options = ["--model", base, "--examples", chat, "--steps", 8, *SHORT, "--replay", 0.25, "--lr", 0.001]
-    run_here(*options, "--out", tmp_path / "one")
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*program, ROOT / "finetune.py", "--device", "cpu", *options, "--out", tmp_path / "two"]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    for row, expected in zip(read_log(tmp_path / "two"), read_log(tmp_path / "one"), strict=True):
-        assert row.keys() == expected.keys()
-        for name, value in expected.items():
-            assert float(row[name] or 0) == pytest.approx(float(value or 0), rel=0.02, abs=0.01), name
+@pytest.fixture
+def slow_steps(monkeypatch):
+    """Make each step of training last two seconds more, by the clock of the run."""
+    clock = SimpleNamespace(ahead=0, monotonic=time.monotonic)
+    clock.perf_counter = lambda: time.perf_counter() + clock.ahead
+
+    def slow_step(*arguments):
+        clock.ahead += 2
+        return train.training_step(*arguments)
+
+    monkeypatch.setattr(stage, "training_step", slow_step)
+    monkeypatch.setattr(train, "time", clock)
+
+
+@pytest.mark.parametrize(("batch_size", "ends_with"), [(8, "epochs"), (1, "minutes")])
+def test_without_a_limit_a_run_has_3_minutes_or_3_epochs_and_falls_from_40_percent_of_either(
+    base, chat, tmp_path, slow_steps, batch_size, ends_with
+):
+    out, most = tmp_path / "out", 3 * math.ceil(46 / batch_size)
+    options = ("--batch-size", batch_size, "--dtype", "float32", "--replay", 0, "--lr", 0.001, "--out", out)
+    printed = run_here("--model", base, "--examples", chat, *options)
+    assert f"3 minutes, or {most} steps if that is less" in printed
+    steps, fall = (read_state(out)["settings"][name] for name in ("steps", "fall"))
+    with open(out / "log.csv", newline="") as file:
+        rows = {int(row["step"]): row for row in csv.DictReader(file)}
+    seconds = {step: float(row["seconds"]) for step, row in rows.items()}
+    assert max(rows) == steps and fall in rows
+    if ends_with == "epochs":
+        assert steps == most and seconds[steps] < 60
+        assert fall == math.ceil(0.4 * steps)
+    else:
+        assert steps < most and seconds[steps] == pytest.approx(180, rel=0.1)
+        assert min(step for step in rows if seconds[step] >= 0.4 * 180) == fall
+    rates = [float(rows[step]["lr"]) for step in sorted(rows)]
+    at_fall = sorted(rows).index(fall)
+    assert rates[at_fall] == 0.001 == max(rates)
+    assert rates[at_fall + 1 :] == sorted(rates[at_fall + 1 :], reverse=True) and rates[-1] < 0.0002
+
+
+@pytest.mark.parametrize(
+    ("method", "objective", "said"),
+    [
+        ("sft", train.NextTokenLoss, {"completion": "cat"}),
+        ("dpo", PreferenceLoss, {"chosen": "cat", "rejected": "dog"}),
+    ],
+)
+def test_the_longest_batch_is_tried_first_and_halved_until_it_fits(
+    base, tmp_path, monkeypatch, method, objective, said
+):
+    """Or a run would end in the middle, where the longest examples come."""
+    forward, shapes = objective.forward, []
+
+    def forward_in_little_memory(self, ids, *others):
+        if torch.is_grad_enabled():
+            shapes.append(ids.shape)
+            if ids.numel() > 4 * 64 * len(said):  # of tokens; all other batches of 8 fit
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, ids, *others)
+
+    monkeypatch.setattr(objective, "forward", forward_in_little_memory)
+    records = [{"prompt": f"say {i}", **said} for i in range(40)]
+    records.append({"prompt": "the cat sat on the mat and " * 5, **said})
+    file, out = write_lines(tmp_path / "long.jsonl", records), tmp_path / "out"
+    options = ("--examples", file, "--method", method, "--epochs", 1, *SHORT[:4], "--out", out)
+    printed = run_here("--model", base, *options)
+    first, second, *others = shapes
+    assert (first[0], second[0]) == (8, 4) and first[-1] == second[-1] == 64
+    assert 64 in {shape[-1] for shape in others} and {shape[0] for shape in others} <= {1, 2, 3, 4}
+    assert "out of memory: trying 4 rows at a time" in printed.split("tokens/s")[0]
+    assert read_state(out)["settings"]["micro_batch"] == 4
+
+
+# --- mistakes ---
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "nowhere"], "nowhere is no model folder"),
-        (["--lora-rank", "0"], "--lora-rank 0 must be above 0"),
+        (["--model", "nowhere"], "nowhere is not a model folder"),
+        (["--lora-rank", "0"], "0 must be positive"),
         (["--lora-rank", "33"], "--lora-rank 33 must be from 1 to the model's width, 32"),
         (["--lora-alpha", "2"], "--lora-alpha goes with --lora-rank"),
-        (["--adapter", "nowhere"], "nowhere is no adapter that fits here"),
-        (["--replay", "1"], "--replay 1.0 must be at least 0 and below 1"),
-        (["--steps", "1", "--epochs", "1"], "--minutes, --epochs and --steps exclude each other"),
+        (["--replay", "1"], "1 must be at least 0 and below 1"),
+        (["--steps", "1", "--epochs", "1"], "not allowed with argument"),
         (["--examples", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--data", "nowhere"], "no data named 'nowhere'"),
         (["--block-size", "4096"], "--block-size 4096 is above the model's, 64"),
         (["--batch-size", "2", "--replay", "0.8"], "leaves no room for examples"),
         (["--beta", "0.2"], "--beta is of no use with --method sft"),
+        (["--method", "dpo", "--replay", "0.2"], "--replay is of no use with --method dpo"),
+        (["--method", "dpo"], 'a line needs "prompt", "chosen" and "rejected"'),
     ],
 )
 def test_a_mistake_is_named(base, chat, tmp_path, arguments, message):
     defaults = {"--model": base, "--examples": chat, "--out": tmp_path / "out", "--steps": 1}
-    given_ = [part for name, value in defaults.items() if name not in arguments for part in (name, value)]
-    if "--epochs" in arguments:
-        given_ = [part for part in given_ if part not in ("--steps", 1)]
-    with pytest.raises((ValueError, OSError)) as error:
-        run_here(*given_, *arguments)
+    others = [part for name, value in defaults.items() if name not in arguments for part in (name, value)]
+    with pytest.raises((ValueError, OSError, argparse.ArgumentError)) as error:
+        run_here(*others, *arguments)
     assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--method", "dpo"], ["--test", "test.jsonl"]])
+def test_what_goes_with_examples_asks_for_them(base, tmp_path, arguments):
+    with pytest.raises(ValueError, match=f"{arguments[0]}.* --examples"):
+        run_here("--model", base, *arguments, "--out", tmp_path / "out")
 
 
 def test_no_run_moves_away_what_it_reads(base, chat, tmp_path):
@@ -686,31 +915,3 @@ def test_no_run_moves_away_what_it_reads(base, chat, tmp_path):
     with pytest.raises(ValueError, match="holds what is read, .*model: choose another --out"):
         run_here("--model", tmp_path / "model", "--examples", chat, "--steps", 1, "--out", tmp_path / "model")
     assert (tmp_path / "model/model.safetensors").exists()
-
-
-def test_dpo_wants_pairs(base, chat):
-    with pytest.raises(ValueError, match="--method dpo needs --examples"):
-        run_here("--model", base, "--method", "dpo")
-    with pytest.raises(ValueError, match='a line needs "prompt", "chosen" and "rejected"'):
-        run_here("--model", base, "--method", "dpo", "--examples", chat)
-
-
-def test_macros_are_means_over_kinds_with_and_without_long_questions():
-    test = [
-        turn("q", "a", "args"),
-        turn("q", "a", "args, many"),
-        turn("q", "a", "fix"),
-        turn("q", "a", "fix"),
-    ]
-    answers = ["a ", "b", "a", "b"]
-    assert macro(test, answers) == (1 + 0.5) / 2
-    assert macro(test, answers, all_lengths=True) == (0.5 + 0.5) / 2
-    assert macro([], []) is None
-    assert exact_match(test, answers) == {"args": 1, "args, many": 0, "fix": 0.5}
-
-
-def test_batched_answers_are_those_of_one_after_the_other(model, tokenizer):
-    model.config.block_size = 128
-    questions = [[{"role": "user", "content": "the cat " * (i % 5)}] for i in range(9)]
-    together = answer(model, tokenizer, questions, 12, batch_size=4)
-    assert together == [answer(model, tokenizer, [question], 12)[0] for question in questions]

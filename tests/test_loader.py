@@ -1,6 +1,7 @@
 """What data/loader.py promises: every block once per epoch, in one order however many processes share it."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -13,19 +14,8 @@ from data import loader, prepare
 
 
 @pytest.fixture
-def tokens(tmp_path):
-    np.arange(1000, dtype="<u2").tofile(tmp_path / "train.bin")
-    return loader.Tokens(tmp_path, "train", "<u2")
-
-
-def test_shards_are_read_as_one_file(tmp_path):
-    ids = np.arange(1000, dtype="<u2")
-    for i, part in enumerate(np.split(ids, [300, 301, 700])):
-        part.tofile(tmp_path / f"train_{i:03}.bin")
-    tokens = loader.Tokens(tmp_path, "train", "<u2")
-    assert len(tokens) == 1000
-    for start, count in ((0, 1000), (299, 3), (300, 1), (650, 100), (990, 50)):
-        assert tokens.read(start, count).tolist() == ids[start : start + count].tolist()
+def tokens():
+    return np.arange(1000, dtype="<u2")
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 64, 1000, 4097])
@@ -41,9 +31,9 @@ def test_every_block_comes_once_per_epoch_and_in_a_new_order(tokens):
     blocks = loader.Blocks(tokens, block_size=16, seed=0)
     epochs = []
     for epoch in range(3):
-        ids, targets, counts, sources = blocks.batch(epoch * blocks.per_epoch, blocks.per_epoch)
-        assert torch.equal(ids[:, 1:], targets[:, :-1])
-        assert set(counts.tolist()) == {16} and set(sources.tolist()) == {0}
+        ids, targets = blocks.batch(epoch, blocks.per_epoch)
+        assert ids.shape == targets.shape == (blocks.per_epoch, 16)
+        assert torch.equal(ids[:, 1:], targets[:, :-1]) and torch.equal(targets, ids + 1)
         starts = sorted(ids[:, 0].tolist())
         assert [b - a for a, b in zip(starts, starts[1:])] == [16] * (blocks.per_epoch - 1)
         epochs.append(ids[:, 0].tolist())
@@ -51,57 +41,87 @@ def test_every_block_comes_once_per_epoch_and_in_a_new_order(tokens):
     assert len({epoch[0] % 16 for epoch in epochs}) > 1  # cut at another phase
 
 
-def test_the_order_does_not_depend_on_how_it_is_read(tokens):
+def test_the_order_of_blocks_depends_on_the_seed(tokens):
+    first, second, again = (loader.Blocks(tokens, 16, seed).batch(0, 40)[0].tolist() for seed in (1, 2, 1))
+    assert first == again != second
+
+
+def test_the_order_does_not_depend_on_the_size_of_a_batch(tokens):
     blocks = loader.Blocks(tokens, block_size=16, seed=3)
-    whole = blocks.batch(0, 100)[0]
-    pieces = torch.cat([blocks.batch(i, 10)[0] for i in range(0, 100, 10)])
-    assert torch.equal(whole, pieces)
+    whole = blocks.batch(0, 100)
+    for k in range(2):  # ids, targets
+        pieces = torch.cat([blocks.batch(step, 10)[k] for step in range(10)])
+        assert torch.equal(whole[k], pieces)
 
 
 @pytest.mark.parametrize("world", [2, 3, 6])
 def test_processes_take_disjoint_parts_of_the_same_batch(tokens, world):
     blocks = loader.Blocks(tokens, block_size=16, seed=3)
-    for position in (0, 18, 60):  # the third reaches into the next epoch
-        whole = blocks.batch(position, 12)[0].tolist()
-        parts = [blocks.batch(position, 12, rank, world)[0].tolist() for rank in range(world)]
+    for step in (0, 1, 5):  # blocks 60 to 71: the last one reaches into the next epoch
+        whole = blocks.batch(step, 12)[0].tolist()
+        parts = [blocks.batch(step, 12, rank, world)[0].tolist() for rank in range(world)]
         assert sorted(row for part in parts for row in part) == sorted(whole)
         assert {len(part) for part in parts} == {12 // world}
+    assert 60 < blocks.per_epoch < 72
 
 
 def test_what_is_read_ahead_comes_in_order(tokens):
     blocks = loader.Blocks(tokens, block_size=16, seed=3)
-    batches = loader.read_ahead(lambda step: blocks.batch(4 * step, 4), 10)
+    batches = loader.read_ahead(lambda step: blocks.batch(step, 4), 10)
     for step in (10, 11, 12):
-        assert all(torch.equal(a, b) for a, b in zip(next(batches), blocks.batch(4 * step, 4)))
+        ids, targets = next(batches)
+        assert torch.equal(ids, blocks.batch(step, 4)[0]) and torch.equal(targets, blocks.batch(step, 4)[1])
 
 
-def test_a_block_belongs_to_the_source_in_which_it_begins(tmp_path):
-    np.arange(1000, dtype="<u2").tofile(tmp_path / "train.bin")
-    tokens = loader.Tokens(tmp_path, "train", "<u2", [100, 0, 900])
-    blocks = loader.Blocks(tokens, block_size=10, seed=0)
-    ids, _, _, sources = blocks.batch(0, blocks.per_epoch)
-    assert sources.tolist() == [0 if first < 100 else 2 for first in ids[:, 0].tolist()]
-    for ids, targets, counts, sources in loader.validation_batches(tokens, 10, batch_size=8):
-        kept = counts > 0
-        assert counts.tolist() == (targets != loader.IGNORED).sum(1).tolist()
-        assert (sources[kept] == 2 * (ids[kept][:, 0] >= 100)).all()
+def test_the_next_batch_is_read_while_this_one_is_in_use():
+    asked, in_use = threading.Event(), threading.Event()
+
+    def read(step):
+        if step == 1:
+            asked.set()
+            in_use.wait(30)  # ends only once batch 0 has been handed out
+        return (torch.tensor(step),)
+
+    batches = loader.read_ahead(read, 0)
+    assert next(batches)[0] == 0
+    assert asked.wait(30)  # nobody has asked for batch 1 yet
+    in_use.set()
+    assert next(batches)[0] == 1
+    batches.close()
+
+
+def test_an_error_while_reading_ahead_reaches_the_reader():
+    def read(step):
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(loader.read_ahead(read, 0))
 
 
 @settings(deadline=None, max_examples=50)
 @given(n=st.integers(2, 200), block_size=st.integers(1, 20), world=st.integers(1, 3), batch=st.integers(1, 5))
 def test_validation_batches_predict_every_token_once(n, block_size, world, batch):
-    tokens = loader.Tokens.__new__(loader.Tokens)
-    tokens.parts, tokens.starts, tokens.borders = [np.arange(n)], np.array([0, n]), np.array([])
-    predicted, counts = [], set()
+    tokens, predicted, n_rows = np.arange(n, dtype="<u2"), [], []
     for rank in range(world):
-        batches = list(loader.validation_batches(tokens, block_size, None, batch, rank, world))
-        counts.add(len(batches))
-        for ids, targets, _, _ in batches:
+        n_rows.append(0)
+        for ids, targets in loader.validation_batches(tokens, block_size, None, batch, rank, world):
+            assert ids.shape == targets.shape == (len(ids), block_size) and len(ids) <= batch
             real = targets != loader.IGNORED
+            assert real.any(1).all()  # no row without a target
             assert torch.equal(ids[real] + 1, targets[real])
             predicted += targets[real].tolist()
+            n_rows[-1] += len(ids)
     assert sorted(predicted) == list(range(1, n))
-    assert len(counts) == 1  # or the processes would wait for each other forever
+    assert max(n_rows) - min(n_rows) <= 1  # the work is shared evenly
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_a_shorter_validation_takes_blocks_from_all_over_the_text(tokens, world):
+    starts = []
+    for rank in range(world):
+        for ids, _ in loader.validation_batches(tokens, 10, 4, rank=rank, world=world):
+            starts += ids[:, 0].tolist()
+    assert sorted(starts) == [0, 330, 660, 990]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
-"""What sample.py promises: whole characters, stop strings that are never seen, files of prompts that lose
-nothing, conversations that read only what is new.
+"""What sample.py promises: tokens drawn from the filtered distribution, rows that do not disturb each other,
+whole characters, stop strings that are never shown, chats that read only what is new, no answer lost.
 """
 
 import io
@@ -10,19 +10,50 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+import torch._inductor.config
+import transformers
+from conftest import ROOT, run_main, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sample as stage
-from sample import Chat, Text, generate, render, write
-from tokenizer import SPECIAL_TOKENS, Tokenizer
+import sample
+from model import Config, KVCache, Transformer, fast_dtype
+from sample import Chat, Sampling, TextStream, generate, stream_text
+from tokenizer import Tokenizer, render
 
-START, END = "<|im_start|>", "<|im_end|>"
+GREEDY = ("--temperature", 0, "--max-new-tokens", 8)
+
+
+def run(*argv, input=""):
+    """What sample.py prints to stdout and to stderr; input: what comes to its stdin."""
+    errors = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(errors):
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode()), encoding="utf-8"))
+        return run_main(sample.main, "sample.py", *argv), errors.getvalue()
+
+
+def start(*argv, **variables):
+    """A process that runs sample.py, with these environment variables."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    argv = [sys.executable, ROOT / "sample.py", *map(str, argv)]
+    return subprocess.Popen(
+        argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """For a model this small, threads only wait for each other; on a busy machine, very long."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture
@@ -31,14 +62,300 @@ def folder(tmp_path, model, tokenizer):
     return tmp_path / "model"
 
 
-run = partial(run_script, "sample.py")
+def continuation(model, prompt, **settings):
+    return [new for (new,) in generate(model, [prompt], **settings)]
+
+
+def count_reads(model):
+    """A list to which the number of tokens is added that model.hidden is given, row by row."""
+    reads, hidden = [], model.hidden
+    model.hidden = lambda ids, cache=None: reads.append(ids.numel()) or hidden(ids, cache)
+    return reads
+
+
+# --- from scores to a token ---
+
+
+LOGITS = st.lists(st.integers(-50, 50), min_size=2, max_size=20, unique=True)
+
+
+def top_k_by_definition(logits, k):
+    return set(np.argsort(-logits)[:k].tolist())
+
+
+def top_p_by_definition(logits, top_p):
+    probabilities = np.exp(logits) / np.exp(logits).sum()
+    kept, total = set(), 0.0
+    for i in np.argsort(-probabilities, kind="stable"):
+        if total >= top_p:
+            break
+        kept.add(int(i))
+        total += probabilities[i]
+    return kept
+
+
+def min_p_by_definition(logits, min_p):
+    probabilities = np.exp(logits) / np.exp(logits).sum()
+    return {i for i, p in enumerate(probabilities) if p >= min_p * probabilities.max()}
+
+
+@pytest.mark.parametrize(
+    ("filtered", "definition", "theirs"),
+    [
+        (sample.keep_top_k, top_k_by_definition, transformers.TopKLogitsWarper),
+        (sample.keep_top_p, top_p_by_definition, transformers.TopPLogitsWarper),
+        (partial(sample.keep_top_p, k=2), top_p_by_definition, transformers.TopPLogitsWarper),
+        (sample.keep_min_p, min_p_by_definition, transformers.MinPLogitsWarper),
+    ],
+    ids=["top-k", "top-p", "top-p, at first of two", "min-p"],
+)
+@settings(max_examples=100, deadline=None)
+@given(values=LOGITS, share=st.floats(0.05, 0.95))
+def test_a_filter_keeps_what_its_definition_and_transformers_keep(
+    filtered, definition, theirs, values, share
+):
+    amount = share if definition is not top_k_by_definition else 1 + int(share * len(values))
+    logits = torch.tensor(values, dtype=torch.float64)[None] / 10
+    kept = filtered(logits, amount)[0]
+    assert set(kept.isfinite().nonzero()[:, 0].tolist()) == definition(logits[0].numpy(), amount)
+    assert torch.equal(kept[kept.isfinite()], logits[0, kept.isfinite()])
+    assert torch.equal(kept, theirs(amount)(None, logits.clone())[0])
+
+
+@settings(max_examples=50, deadline=None)
+@given(values=LOGITS, penalty=st.floats(0.5, 2))
+def test_the_repetition_penalty_is_that_of_transformers(values, penalty):
+    logits = torch.tensor(values, dtype=torch.float32)[None] / 10
+    ids = torch.tensor([[0, 1, 0]])
+    seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, True)
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
+    assert torch.allclose(sample.penalize(logits, seen, penalty), theirs)
+
+
+def test_top_k_keeps_k_of_equally_likely_tokens():
+    assert sample.keep_top_k(torch.zeros(2, 10), 3).isfinite().sum(-1).tolist() == [3, 3]
+
+
+def test_top_p_is_the_same_where_the_likeliest_thousand_do_not_suffice():
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [[0.1], [1], [9]]
+    )
+    for top_p in (0.3, 0.9, 0.999):
+        assert torch.equal(sample.keep_top_p(logits, top_p), sample.keep_top_p(logits, top_p, k=5000))
+
+
+def chi_square(counts, probabilities):
+    """Sum of (observed - expected)^2 / expected, over cells that expect at least 5, and their number."""
+    expected = probabilities * counts.sum()
+    cells = expected >= 5
+    return float((((counts - expected) ** 2) / expected)[cells].sum()), int(cells.sum())
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    p = torch.tensor([0.5, 0.3, 0.15, 0.04, 0.01, 0])
+    drawn = sample.draw(p.expand(20_000, -1), torch.Generator().manual_seed(0))
+    counts = torch.bincount(drawn, minlength=6)
+    assert counts[5] == 0
+    assert chi_square(counts, p)[0] < 18.5  # exceeded in 0.1 % of all seeds, with 4 degrees of freedom
+
+
+def test_filters_apply_to_the_scores_after_the_temperature_in_the_order_of_transformers():
+    logits = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
+    sampling = Sampling(temperature=0.7, top_k=30, top_p=0.8, min_p=0.1)
+    warpers = [transformers.TemperatureLogitsWarper(0.7), transformers.TopKLogitsWarper(30)]
+    warpers += [transformers.TopPLogitsWarper(0.8), transformers.MinPLogitsWarper(0.1)]
+    theirs = transformers.LogitsProcessorList(warpers)(None, logits.clone()).softmax(-1)
+    assert torch.allclose(sample.probabilities_of(logits, sampling), theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1}, {"temperature": float("nan")}, {"temperature": 1e-46}, {"top_p": 0}, {"top_p": 1.1}]
+    + [{"top_p": 1e-300}, {"top_k": -1}, {"min_p": 2}, {"repetition_penalty": 0}],
+)
+def test_values_without_a_meaning_are_refused_by_name(model, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[0]):
+        next(generate(model, [[1]], **wrong))
+
+
+# --- generate ---
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_ids_equal_those_of_transformers(tmp_path, model, penalty):
+    model.save(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    prompt = [5, 17, 200]
+    expected = theirs.generate(
+        torch.tensor([prompt]), max_new_tokens=28, do_sample=False, repetition_penalty=penalty
+    )
+    ids = continuation(model, prompt, max_new_tokens=28, temperature=0, repetition_penalty=penalty)
+    assert ids == expected[0, 3:].tolist()
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_rows_of_a_ragged_batch_equal_each_alone(model, penalty):
+    settings = dict(max_new_tokens=20, temperature=0, repetition_penalty=penalty)
+    prompts = [[1], [5, 6, 7, 8, 9], [10, 11, 12]]
+    together = list(zip(*generate(model, prompts, **settings)))
+    for prompt, row in zip(prompts, together):
+        assert continuation(model, prompt, **settings) == list(row)
+
+
+def test_equal_seeds_draw_equal_texts_and_others_do_not(model):
+    draw = [
+        continuation(model, [3], max_new_tokens=20, temperature=1.0, top_p=1.0, seed=seed)
+        for seed in (0, 0, 1)
+    ]
+    assert draw[0] == draw[1] != draw[2]
+
+
+def test_the_samples_of_a_prompt_are_independent_and_read_it_once(model):
+    reads = count_reads(model)
+    steps = generate(model, [[3, 4, 5], [6]], max_new_tokens=15, temperature=1.0, top_p=1.0, n_samples=4)
+    rows = list(zip(*steps))
+    assert len(set(rows)) == 8
+    assert reads == [2 * 3] + [8] * 14  # two prompts, padded to three tokens, once; then a token a row
+    greedy = list(zip(*generate(model, [[3, 4, 5], [6]], max_new_tokens=15, temperature=0, n_samples=2)))
+    alone = [tuple(continuation(model, p, max_new_tokens=15, temperature=0)) for p in ([3, 4, 5], [6])]
+    assert greedy == [alone[0], alone[0], alone[1], alone[1]]
+
+
+def test_a_row_that_has_ended_yields_none_while_others_go_on(model):
+    free = list(zip(*generate(model, [[1], [2]], max_new_tokens=12, temperature=0)))
+    stop = next(new for new in free[0] if new != free[0][0] and new not in free[1])
+    rows = list(zip(*generate(model, [[1], [2]], max_new_tokens=12, temperature=0, stop_ids=[stop])))
+    first = free[0].index(stop)
+    assert rows[0][:first] == free[0][:first]
+    assert set(rows[0][first:]) == {None}
+    assert stop not in rows[1]
+
+
+def test_ids_beyond_the_vocabulary_are_never_drawn(model):
+    with torch.no_grad():
+        model.model.embed_tokens.weight[300:] *= 1000
+    ids = continuation(model, [1], max_new_tokens=30, vocab_size=300, top_p=1.0)
+    assert len(ids) == 30 and max(ids) < 300
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-30, 1e30])
+def test_no_temperature_breaks_the_arithmetic(model, temperature):
+    greedy = continuation(model, [1], temperature=0, max_new_tokens=5)
+    drawn = continuation(model, [1], temperature=temperature, max_new_tokens=5)
+    assert len(drawn) == 5
+    assert (drawn == greedy) == (temperature < 1)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_text_longer_than_the_context_goes_on_from_its_last_half_in_the_same_cache(
+    model, penalty, monkeypatch
+):
+    settings = dict(max_new_tokens=70, temperature=0, repetition_penalty=penalty)
+    expected = [[1, 2, 3] + list(range(60)), [4]]  # longer than the context, and shorter
+    rows = [row[-32:] for row in expected]
+    # the slow twin: read all of each row for every token
+    for _ in range(70):
+        for i, row in enumerate(rows):
+            logits = model(torch.tensor([row]))[0, -1]
+            for seen in set(row):
+                logits[seen] *= penalty if logits[seen] < 0 else 1 / penalty
+            row.append(int(logits.argmax()))
+            expected[i].append(row[-1])
+        if max(map(len, rows)) > 32:
+            rows = [row[-16:] for row in rows]
+    made, make_cache = [], sample.make_cache
+    monkeypatch.setattr(sample, "make_cache", lambda *args: made.append(args[1:]) or make_cache(*args))
+    drawn = zip(*generate(model, [[1, 2, 3] + list(range(60)), [4]], **settings))
+    assert list(map(list, drawn)) == [expected[0][63:], expected[1][1:]]
+    assert made == [(2, 32)]
+
+
+def test_every_sample_slides_past_the_context(model):
+    assert len(list(generate(model, [[1], [1] * 40], max_new_tokens=70, n_samples=2))) == 70
+
+
+def test_the_repetition_penalty_counts_the_prompt_and_what_was_drawn_in_each_row_alone(model):
+    prompts, settings = [[1, 2, 3, 4], [5]], dict(max_new_tokens=20, temperature=0, n_samples=2)
+    free = [prompts[i // 2] + list(row) for i, row in enumerate(zip(*generate(model, prompts, **settings)))]
+    assert all(len(set(row)) < len(row) for row in free)  # a greedy text repeats itself
+    steps = generate(model, prompts, repetition_penalty=100.0, **settings)
+    rows = [prompts[i // 2] + list(row) for i, row in enumerate(zip(*steps))]
+    assert [len(set(row)) for row in rows] == [24, 24, 21, 21]
+    assert set(rows[0]) & set(rows[2])
+
+
+def test_a_given_cache_is_continued_until_it_is_full(model):
+    whole = continuation(model, [1, 2, 3, 4], max_new_tokens=20, temperature=0)
+    cache = KVCache(model.config, 1, 24)
+    model(torch.tensor([[1, 2]]), cache)
+    assert continuation(model, [3, 4], max_new_tokens=20, temperature=0, cache=cache) == whole
+    ragged = KVCache(model.config, 2, 24)
+    model(torch.tensor([[1, 2, 3], [9, 0, 0]]), ragged)
+    ragged.truncate([3, 1])
+    rows = zip(*generate(model, [[4], [8, 7]], max_new_tokens=9, temperature=0, cache=ragged))
+    alone = [continuation(model, p, max_new_tokens=9, temperature=0) for p in ([1, 2, 3, 4], [9, 8, 7])]
+    assert list(map(list, rows)) == alone
+    with pytest.raises(ValueError, match="2 rows does not go with 1 prompts"):
+        next(generate(model, [[1]], cache=ragged))
+    small = KVCache(model.config, 1, 10)
+    assert continuation(model, [1, 2, 3, 4], max_new_tokens=20, temperature=0, cache=small) == whole[:7]
+
+
+# Inductor's cache does not know for which vector units a kernel was compiled: with those of another
+# processor (or of ATEN_CPU_CAPABILITY) the kernels would write beyond their memory.
+@torch._inductor.config.patch(fx_graph_cache=False)
+def test_a_compiled_step_draws_the_same():
+    torch.manual_seed(0)
+    model = Transformer(Config(64, block_size=16, n_layer=1, n_head=2, n_kv_head=1, n_embd=16, n_hidden=16))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.1)
+    settings = dict(max_new_tokens=30, temperature=1.0, top_p=1.0)  # it also slides past the context
+    plain = list(generate(model, [[1, 2, 3], [4]], **settings))
+    assert list(generate(model, [[1, 2, 3], [4]], compiled=True, **settings)) == plain
+
+
+# --- packed weights ---
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"qkv_bias": True}, {"qk_norm": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("small", [0, 2**18])
+def test_packed_weights_compute_the_same(tiny_config, changes, dtype, small, monkeypatch):
+    if dtype == torch.bfloat16 and fast_dtype("cpu") != torch.bfloat16:
+        pytest.skip("this processor has no bfloat16 units")
+    monkeypatch.setattr(sample, "fast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(sample, "SMALL", small)
+    torch.manual_seed(0)
+    config = Config(**vars(tiny_config) | changes)
+    model = Transformer(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.1)
+    model = model.to(dtype).eval().requires_grad_(False)
+    ids = torch.randint(320, (3, 9))
+    expected = model(ids)
+    packed = sample.pack(model)
+    assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
+    by_columns = packed.model.layers[0].mlp.up_proj.columns is not None
+    assert by_columns == (small > 0 and dtype == torch.float32)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1  # bfloat16 has three digits
+    assert torch.allclose(packed(ids), expected, atol=tolerance)
+    assert torch.allclose(packed(ids[:1, :1]), expected[:1, :1], atol=tolerance)
+    assert len(continuation(packed, [1, 2], max_new_tokens=40)) == 40
+
+
+def test_without_bfloat16_units_or_in_another_dtype_no_weight_is_packed(model, monkeypatch):
+    modules = list(model.modules())
+    monkeypatch.setattr(sample, "fast_dtype", lambda device: torch.float32)
+    assert list(sample.pack(model).modules()) == modules
+    monkeypatch.setattr(sample, "fast_dtype", lambda device: torch.bfloat16)
+    assert list(sample.pack(model.double()).modules()) == modules
+
+
+# --- bytes to text ---
 
 
 def text_of(ids, tokenizer, stops=()):
-    return [piece for (piece,) in write(tokenizer, ([i] for i in ids), stops)]
-
-
-# --- text ---
+    return [piece for (piece,) in stream_text(tokenizer, ([i] for i in ids), stops)]
 
 
 def test_a_stream_never_shows_half_a_character(tokenizer):
@@ -64,11 +381,13 @@ LETTERS = st.text("ab日", max_size=20)
 @settings(max_examples=500, deadline=None)
 @given(LETTERS, st.lists(st.text("ab日", min_size=1, max_size=4), max_size=3))
 def test_text_ends_before_the_first_stop_string_and_never_shows_its_beginning(tokenizer, text, stops):
-    row, shown = Text(tokenizer, stops), ""
+    stream, shown = TextStream(tokenizer, stops), ""
     for i in tokenizer.encode(text):  # bytes and pairs of them: every stop string crosses tokens
-        shown += row.add(i)
-        assert not row.held or any(stop.startswith(row.held) for stop in stops)  # nothing else waits
-    shown += row.add(None)
+        shown += stream.add(i)
+        assert stream.text == shown
+        assert not stream.held or any(stop.startswith(stream.held) for stop in stops)  # nothing else waits
+    shown += stream.add(None)
+    assert stream.text == shown and stream.ended
     # the slow twin: one character after the other, until a stop string stands at the end
     expected = ""
     for character in text:
@@ -88,45 +407,45 @@ def test_a_stop_string_ends_one_row_and_the_last_one_ends_the_loop(tokenizer):
             asked.append(i)
             yield [i, tokenizer.encode("x")[0]]
 
-    pieces = list(write(tokenizer, steps(), ["at", "xx"]))
+    pieces = list(stream_text(tokenizer, steps(), ["at", "xx"]))
     assert ["".join(row) for row in zip(*pieces)] == ["the c", ""]
     assert len(asked) < len(tokenizer.encode("the cat sat"))
 
 
 def test_a_text_begins_with_what_its_tokenizer_wants_there(tokenizer):
-    assert stage.to_prompt(tokenizer, "") == [tokenizer.special_tokens["<|endoftext|>"]]
-    assert stage.to_prompt(tokenizer, "the cat") == tokenizer.encode("the cat")
+    assert sample.to_prompt(tokenizer, "") == [tokenizer.special_tokens["<|endoftext|>"]]
+    assert sample.to_prompt(tokenizer, "the cat") == tokenizer.encode("the cat")
     first = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
     template = {"type": "TemplateProcessing", "single": [first, {"Sequence": {"id": "A", "type_id": 0}}]}
     processor = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}  # as in Llama 3
     llama = Tokenizer(tokenizer.document | {"post_processor": processor})
     expected = [tokenizer.special_tokens["<|endoftext|>"], *tokenizer.encode("the cat")]
-    assert stage.to_prompt(llama, "the cat") == expected
+    assert sample.to_prompt(llama, "the cat") == expected
 
 
 def test_the_ends_of_a_text_are_those_of_the_folder(folder, tokenizer, model):
-    ends = [tokenizer.special_tokens[name] for name in ("<|endoftext|>", END)]
-    assert stage.end_ids(folder, tokenizer) == {ends[0]}
-    model.save(folder, tokenizer, ends=ends)
-    assert stage.end_ids(folder, tokenizer) == set(ends)
+    ends = [tokenizer.special_tokens[name] for name in ("<|endoftext|>", "<|im_end|>")]
+    assert sample.end_ids(folder, tokenizer) == {ends[0]}
+    model.save(folder, tokenizer, end_ids=ends)
+    assert sample.end_ids(folder, tokenizer) == set(ends)
     (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
-    assert stage.end_ids(folder, tokenizer) == {7}
+    assert sample.end_ids(folder, tokenizer) == {7}
     (folder / "generation_config.json").unlink()
-    assert stage.end_ids(folder, tokenizer) == set(ends)
+    assert sample.end_ids(folder, tokenizer) == set(ends)
     (folder / "config.json").write_text("{}")
-    assert stage.end_ids(folder, tokenizer) == set(tokenizer.special_tokens.values())
+    assert sample.end_ids(folder, tokenizer) == set(tokenizer.special_tokens.values())
 
 
-# --- conversations ---
+# --- chat ---
 
 
 def test_a_model_that_was_taught_tasks_says_which(folder, model, tokenizer, monkeypatch, capsys):
     for results in ({}, {"questions": {}}, {"questions": {"args": "List the arguments of: def f(a):"}}):
         (folder / "results.json").write_text(json.dumps(results))
         monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))
-        stage.converse(model, tokenizer, folder, set(), 0)
+        sample.converse(model, tokenizer, folder, [], set(), 0)
         greeting = capsys.readouterr().err
-        assert ("questions such as these" in greeting) == bool(results.get("questions"))
+        assert ("questions like these" in greeting) == bool(results.get("questions"))
     assert "\n  List the arguments of: def f(a):\n" in greeting
 
 
@@ -135,29 +454,6 @@ MESSAGES = [
     {"role": "assistant", "content": "sat on"},
     {"role": "user", "content": "the dog"},
 ]
-
-
-def test_a_conversation_is_rendered_in_chatml_and_only_what_the_assistant_says_is_marked(tokenizer):
-    ids, mask = render(tokenizer, MESSAGES, answer=True)
-    turns = [f"{START}{m['role']}\n{m['content']}{END}\n" for m in MESSAGES]
-    assert tokenizer.decode(ids) == "".join(turns) + f"{START}assistant\n"
-    assert tokenizer.decode([i for i, marked in zip(ids, mask) if marked]) == f"sat on{END}"
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.sampled_from([START, END, "<|endoftext|>", "user\n", "assistant\n", " ", "x"]), max_size=9)
-)
-def test_no_text_forges_a_role(tokenizer, parts):
-    forged = [{"role": "user", "content": "".join(parts)}]
-    ids, mask = render(tokenizer, forged, answer=True)
-    assert [ids.count(tokenizer.special_tokens[name]) for name in SPECIAL_TOKENS] == [0, 2, 1]
-    assert not any(mask)
-
-
-def test_a_tokenizer_without_chatml_tokens_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"no <\|im_end\|> in the tokenizer"):
-        render(Tokenizer.train(["the cat"], 260, special_tokens=("<|im_start|>",)), MESSAGES)
 
 
 @pytest.fixture
@@ -172,7 +468,7 @@ def test_a_conversation_reads_only_what_is_new(long_model, tokenizer):
     long_model.hidden = lambda ids, cache=None: reads.append(ids.numel()) or hidden(ids, cache)
     chat, settings = Chat(long_model, tokenizer), dict(max_new_tokens=10, vocab_size=tokenizer.vocab_size)
     for text in ("the cat sat", "on the mat", "and"):
-        question = len(render(tokenizer, [{"role": "user", "content": text}], answer=True)[0])
+        question = len(render(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)[0])
         before = len(chat.read)
         del reads[:]
         answer = "".join(chat.answer(text, **settings))
@@ -218,20 +514,18 @@ def test_an_answer_that_is_cut_short_stays_in_the_conversation(long_model, token
     for _ in range(4):
         next(pieces)
     pieces.close()  # as Ctrl-C does
-    end = [tokenizer.special_tokens[END], *tokenizer.encode("\n")]
+    end = [tokenizer.special_tokens["<|im_end|>"], *tokenizer.encode("\n")]
     assert len(chat.turns) == 2 and chat.turns[-1][-2:] == end
     assert list(chat.answer("sat", max_new_tokens=5, vocab_size=256))
 
 
 def test_chat_answers_line_by_line_and_a_base_model_says_what_it_is(folder, tokenizer, model):
-    result = run(
-        "--model", folder, "--chat", "--max-new-tokens", 4, input="hello\n\n/reset\n你好\n/quit\nno\n"
-    )
-    assert result.returncode == 0, result.stderr
-    assert "not taught to chat" in result.stderr
-    assert result.stdout.count("\n") >= 2
-    model.save(folder, tokenizer, ends=[tokenizer.special_tokens[END]])
-    assert "not taught" not in run("--model", folder, "--chat", input="").stderr
+    lines = "hello\n\n/reset\n你好\n/quit\nno\n"
+    shown, messages = run("--model", folder, "--chat", "--max-new-tokens", 4, input=lines)
+    assert "not taught to chat" in messages
+    assert shown.count("\n") >= 2
+    model.save(folder, tokenizer, end_ids=[tokenizer.special_tokens["<|im_end|>"]])
+    assert "not taught" not in run("--model", folder, "--chat")[1]
 
 
 # --- a file of prompts ---
@@ -250,28 +544,24 @@ def prompts(tmp_path):
     return path
 
 
-GREEDY = ("--temperature", 0, "--max-new-tokens", 8)
-
-
 def test_a_file_of_prompts_is_answered_in_its_order(folder, prompts, tmp_path, model, tokenizer):
     output = tmp_path / "answers.jsonl"
-    result = run("--model", folder, "--prompts", prompts, "--output", output, "--batch-size", 3, *GREEDY)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "" and "0:00:00 left" in result.stderr
+    files = ("--model", folder, "--prompts", prompts, "--output", output)
+    shown, messages = run(*files, "--batch-size", 3, *GREEDY)
+    assert shown == "" and "0:00:00 left" in messages
     answers = answers_in(output)
     for i, (record, answer) in enumerate(zip(answers_in(prompts), answers, strict=True)):
         assert answer == record | {"line": i + 1, "completion": answer["completion"]}
         if "prompt" in record:
-            ids = stage.to_prompt(tokenizer, record["prompt"])
+            ids = sample.to_prompt(tokenizer, record["prompt"])
         else:
-            ids = render(tokenizer, record["messages"], answer=True)[0]
-        ends = stage.end_ids(folder, tokenizer)
+            ids = render(tokenizer, record["messages"], add_generation_prompt=True)[0]
+        ends = sample.end_ids(folder, tokenizer)
         settings = dict(max_new_tokens=8, temperature=0, vocab_size=tokenizer.vocab_size, stop_ids=ends)
         alone = text_of((new for (new,) in generate(model, [ids], **settings)), tokenizer)
         assert answer["completion"] == "".join(alone)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "model", "prompts.jsonl"]
-    again = run("--model", folder, "--prompts", prompts, "--output", output, *GREEDY)
-    assert again.returncode == 0 and "0 prompts to answer, 7 were answered before" in again.stderr
+    assert "0 prompts to answer, 7 were answered before" in run(*files, *GREEDY)[1]
     assert answers_in(output) == answers
 
 
@@ -281,9 +571,8 @@ def test_what_was_answered_before_a_kill_is_kept(folder, prompts, tmp_path):
     kept = records[1] | {"line": 2, "completion": "kept"}
     part.write_text(json.dumps(kept) + '\n{"line": 3, "prompt": "日', encoding="utf-8")
     part.write_bytes(part.read_bytes()[:-1])  # a kill in the middle of a character
-    result = run("--model", folder, "--prompts", prompts, "--output", output, *GREEDY)
-    assert result.returncode == 0, result.stderr
-    assert "6 prompts to answer, 1 were answered before" in result.stderr
+    _, messages = run("--model", folder, "--prompts", prompts, "--output", output, *GREEDY)
+    assert "6 prompts to answer, 1 were answered before" in messages
     assert [answer["line"] for answer in answers_in(output)] == list(range(1, 8))
     assert answers_in(output)[1] == kept
     assert not part.exists()
@@ -292,11 +581,7 @@ def test_what_was_answered_before_a_kill_is_kept(folder, prompts, tmp_path):
 def test_two_processes_share_the_prompts(folder, prompts, tmp_path):
     output = tmp_path / "answers.jsonl"
     arguments = ["--model", folder, "--prompts", prompts, "--output", output, "--batch-size", 2, *GREEDY]
-    program = [sys.executable, ROOT / "sample.py", *map(str, arguments)]
-    processes = [
-        subprocess.Popen(program, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"})
-        for rank in range(2)
-    ]
+    processes = [start(*arguments, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert [answer["line"] for answer in answers_in(output)] == list(range(1, 8))
     assert not list(tmp_path.glob("*.part*")) and not list(tmp_path.glob("*.unfinished*"))
@@ -305,15 +590,15 @@ def test_two_processes_share_the_prompts(folder, prompts, tmp_path):
 def test_equal_prompts_in_different_batches_get_answers_of_their_own(folder, tmp_path):
     (tmp_path / "p.txt").write_text("the\n" * 6)
     output = tmp_path / "a.jsonl"
-    result = run("--model", folder, "--prompts", tmp_path / "p.txt", "--output", output, "--batch-size", 2)
-    assert result.returncode == 0, result.stderr
+    files = ("--model", folder, "--prompts", tmp_path / "p.txt", "--output", output)
+    run(*files, "--batch-size", 2, "--max-new-tokens", 8)
     assert len({answer["completion"] for answer in answers_in(output)}) == 6
 
 
 def test_prompts_that_end_at_once_are_answered_too(folder, prompts, tmp_path):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(320))}))
     output = tmp_path / "a.jsonl"
-    assert run("--model", folder, "--prompts", prompts, "--output", output).returncode == 0
+    run("--model", folder, "--prompts", prompts, "--output", output)
     assert [answer["completion"] for answer in answers_in(output)] == [""] * 7
 
 
@@ -321,24 +606,24 @@ def test_only_parts_of_the_same_output_are_read_and_removed(folder, prompts, tmp
     for name in ("a[4].jsonl", "a*.jsonl"):
         notes = tmp_path / f"{name}.part_of_my_notes"
         notes.write_text("mine")
-        result = run("--model", folder, "--prompts", prompts, "--output", tmp_path / name, *GREEDY)
-        assert result.returncode == 0 and len(answers_in(tmp_path / name)) == 7
+        run("--model", folder, "--prompts", prompts, "--output", tmp_path / name, *GREEDY)
+        assert len(answers_in(tmp_path / name)) == 7
         assert notes.read_text() == "mine" and not (tmp_path / f"{name}.part0").exists()
 
 
 def test_a_file_that_holds_something_else_is_not_overwritten(folder, prompts):
     before = prompts.read_text()
-    result = run("--model", folder, "--prompts", prompts, "--output", prompts)
-    assert result.returncode == 2 and "holds something else than answers" in result.stderr
+    with pytest.raises(ValueError, match="does not hold answers"):
+        run("--model", folder, "--prompts", prompts, "--output", prompts)
     assert prompts.read_text() == before
 
 
 def test_lines_of_a_text_file_are_prompts(tmp_path):
     (tmp_path / "a.txt").write_bytes("one\r\n\r\nthree\u2028\n".encode())
     expected = {1: {"prompt": "one"}, 2: {"prompt": ""}, 3: {"prompt": "three\u2028"}}
-    assert stage.read_records(tmp_path / "a.txt") == expected
+    assert sample.read_prompts(tmp_path / "a.txt") == expected
     (tmp_path / "a.jsonl").write_text('\ufeff{"prompt": "one"}\n\n{"prompt": "three"}', encoding="utf-8")
-    assert stage.read_records(tmp_path / "a.jsonl") == {1: {"prompt": "one"}, 3: {"prompt": "three"}}
+    assert sample.read_prompts(tmp_path / "a.jsonl") == {1: {"prompt": "one"}, 3: {"prompt": "three"}}
 
 
 @pytest.mark.parametrize(
@@ -349,76 +634,59 @@ def test_lines_of_a_text_file_are_prompts(tmp_path):
 def test_a_bad_line_is_named_before_anything_is_answered(tmp_path, line):
     (tmp_path / "bad.jsonl").write_text(f'{{"prompt": "x"}}\n{line}\n')
     with pytest.raises(ValueError, match="bad.jsonl, line 2: "):
-        stage.read_records(tmp_path / "bad.jsonl")
+        sample.read_prompts(tmp_path / "bad.jsonl")
 
 
 def test_answers_to_other_prompts_are_not_mixed_in(folder, prompts, tmp_path):
     output = tmp_path / "answers.jsonl"
     output.write_text('{"line": 1, "prompt": "another", "completion": "x"}\n')
-    result = run("--model", folder, "--prompts", prompts, "--output", output)
-    assert result.returncode == 2 and "answers other prompts" in result.stderr
+    with pytest.raises(ValueError, match="answers other prompts"):
+        run("--model", folder, "--prompts", prompts, "--output", output)
     assert "another" in output.read_text()
 
 
-# --- the face ---
+# --- command line ---
 
 
 @pytest.mark.parametrize("prompt", ["", "the cat", "你好"])
 def test_only_the_text_goes_to_stdout(folder, prompt):
-    result = run("--model", folder, "--prompt", prompt, "--max-new-tokens", 5)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith(prompt)
-    assert "a second" in result.stderr and "a second" not in result.stdout
+    shown, messages = run("--model", folder, "--prompt", prompt, "--max-new-tokens", 5)
+    assert shown.startswith(prompt)
+    assert "a second" in messages and "a second" not in shown
 
 
-def test_a_prompt_may_come_from_a_file_or_a_pipe(folder, tmp_path):
-    (tmp_path / "prompt.txt").write_text("the dog\n", encoding="utf-8")
-    shown = run("--model", folder, "--prompt-file", tmp_path / "prompt.txt", *GREEDY).stdout
-    assert shown.startswith("the dog") and not shown.startswith("the dog\n\n")
-    assert run("--model", folder, *GREEDY, input="the dog\n").stdout == shown
+def test_a_prompt_may_come_through_a_pipe(folder):
+    shown, _ = run("--model", folder, "--prompt", "the dog", *GREEDY)
+    assert run("--model", folder, "--prompt", "-", *GREEDY, input="the dog\n")[0] == shown
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows has no select for pipes")
-def test_a_pipe_into_which_nothing_comes_does_not_hold_up_the_text(folder):
-    result = run("--model", folder, *GREEDY, input=None)
-    assert result.returncode == 0 and result.stdout
-    assert "no prompt came in 3 s" in result.stderr
+@pytest.mark.parametrize(
+    ("name", "prompt"), [("pystdlib", "def "), ("shakespeare-chat", "ROMEO:\n"), ("x", "")]
+)
+def test_without_a_prompt_one_that_suits_the_data_is_continued(folder, tmp_path, name, prompt):
+    folder.rename(tmp_path / name)
+    shown, _ = run("--model", tmp_path / name, *GREEDY)
+    assert shown == run("--model", tmp_path / name, *GREEDY, "--prompt", prompt)[0]
+
+
+def test_a_pipe_into_which_nothing_comes_is_not_waited_for(folder):
+    result = run_script("sample.py", "--model", folder, *GREEDY, input=None)
+    assert result.returncode == 0 and result.stdout, result.stderr
 
 
 def test_several_samples_are_set_apart_and_stop_strings_not_shown(folder):
-    result = run("--model", folder, "--prompt", "the", "-n", 3, "--max-new-tokens", 5, "--stop", "\n---\n")
-    assert result.stdout.count("\n---\n") == 2
-    assert len({text.strip() for text in result.stdout.split("\n---\n")}) == 3
-
-
-def test_a_draft_writes_the_same_greedy_text(folder):
-    plain = run("--model", folder, "--prompt", "the", *GREEDY).stdout
-    assert run("--model", folder, "--prompt", "the", "--draft", folder, *GREEDY).stdout == plain
-
-
-def test_a_draft_with_another_vocabulary_is_refused(folder, tmp_path, model):
-    model.save(tmp_path / "draft", Tokenizer.train(["another text"], 320))
-    result = run("--model", folder, "--draft", tmp_path / "draft", "--prompt", "x")
-    assert result.returncode == 2 and "has another vocabulary" in result.stderr
+    shown, _ = run("--model", folder, "--prompt", "the", "-n", 3, "--max-new-tokens", 5, "--stop", "\n---\n")
+    assert shown.count("\n---\n") == 2
+    assert len({text.strip() for text in shown.split("\n---\n")}) == 3
 
 
 def test_a_prompt_longer_than_the_context_says_so(folder):
-    result = run("--model", folder, "--prompt", "x" * 100, "--max-new-tokens", 3)
-    assert result.returncode == 0 and "cut to its last 32" in result.stderr
+    _, messages = run("--model", folder, "--prompt", "x" * 100, "--max-new-tokens", 3)
+    assert "cut to its last 32" in messages
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(folder):
-    program = [
-        sys.executable,
-        ROOT / "sample.py",
-        "--model",
-        folder,
-        "--prompt",
-        "x",
-        "--max-new-tokens",
-        "3000",
-    ]
-    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start("--model", folder, "--prompt", "x", "--max-new-tokens", 1_000_000)
     process.stdout.read(1)
     process.stdout.close()
     assert "rror" not in process.stderr.read()
@@ -427,10 +695,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(folder):
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGINT for one process")
 def test_ctrl_c_ends_the_text_without_a_traceback(folder):
-    program = [sys.executable, ROOT / "sample.py", "--model", folder, "--prompt", "x"]
-    process = subprocess.Popen(
-        [*program, "--max-new-tokens", "1000000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = start("--model", folder, "--prompt", "x", "--max-new-tokens", 1_000_000)
     process.stdout.read(20)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
@@ -444,18 +709,18 @@ def test_ctrl_c_ends_the_text_without_a_traceback(folder):
     [
         (["--model", "no/such/folder"], "there is no folder no/such/folder"),
         (["--model", ROOT / "tests"], "config.json"),
-        (["--temperature", "-1"], "temperature -1.0 must be 0"),
+        (["--temperature", "-1"], "temperature -1.0 must be positive"),
         (["--top-p", "0"], "top-p 0.0 is outside (0, 1]"),
-        (["--stop", ""], "--stop without text"),
+        (["--seed", "-1"], "--seed -1 must be from 0"),
+        (["--stop", ""], "an empty --stop"),
         (["--prompts", "x.txt"], "go together"),
         (["--prompts", "no.jsonl", "--output", "x"], "no.jsonl"),
-        (["--prompt-file", "no.txt"], "no.txt"),
         (["--device", "tpu"], "no device 'tpu'"),
-        (["--compile", "--device", "cpu"], "--compile makes decoding slower"),
-        (["-n", "0"], "-n"),
-        (["-n", "2", "--chat"], "-n and --draft are for one prompt"),
+        (["--compile", "--device", "cpu"], "--compile makes decoding faster on CUDA only"),
+        (["-n", "0"], "-n: 0 must be positive"),
+        (["--batch-size", "x"], "--batch-size"),
+        (["-n", "2", "--chat"], "-n is for one prompt"),
         (["--prompt", "x", "--chat"], "not allowed with argument"),
-        (["--draft", "x", "--repetition-penalty", "1.1"], "does not go with"),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_status_2(folder, arguments, message, monkeypatch, capsys):
@@ -470,18 +735,18 @@ def test_a_mistake_ends_in_one_line_and_status_2(folder, arguments, message, mon
 
 
 def test_without_a_model_the_command_that_makes_one_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "OUT", tmp_path)
+    monkeypatch.setattr(sample, "OUT", tmp_path)
     with pytest.raises(ValueError, match="run `python train.py`"):
-        stage.newest_model()
+        sample.newest_model()
 
 
 def test_the_newest_model_is_the_one_saved_last(tmp_path, monkeypatch, model):
-    monkeypatch.setattr(stage, "OUT", tmp_path)
+    monkeypatch.setattr(sample, "OUT", tmp_path)
     for name in ("b", "a"):
         model.save(tmp_path / name)
-    assert stage.newest_model() == tmp_path / "a"
+    assert sample.newest_model() == tmp_path / "a"
 
 
 def test_a_model_is_loaded_in_the_dtype_of_its_file_or_in_that_asked_for(folder):
-    assert stage.load(folder)[0].model.norm.weight.dtype == torch.float32
-    assert stage.load(folder, dtype=torch.bfloat16)[0].model.norm.weight.dtype == torch.bfloat16
+    assert sample.load(folder)[0].model.norm.weight.dtype == torch.float32
+    assert sample.load(folder, dtype=torch.bfloat16)[0].model.norm.weight.dtype == torch.bfloat16

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import tokenizer as stage
-from tokenizer import GPT4_PATTERN, SPECIAL_TOKENS, Tokenizer
+from tokenizer import GPT4_PATTERN, SPECIAL_TOKENS, Tokenizer, render, with_chat_tokens
 
 # --- learning ---
 
@@ -195,7 +195,6 @@ specials = st.sampled_from([*SPECIAL_TOKENS, "<|", "|>", "<|im_", "endoftext", "
 def test_text_never_becomes_a_special_token(tokenizer, parts):
     ids = tokenizer.encode("".join(parts))
     assert not set(tokenizer.special_tokens.values()) & set(ids)
-    assert tokenizer.encode_batch(["".join(parts)]) == [ids]
 
 
 def test_overlapping_special_tokens_stay_text_too():
@@ -215,13 +214,13 @@ def test_a_million_repeats_are_encoded(tokenizer, unit):
 
 
 def test_the_detour_around_tiktokens_limits_gives_the_same_ids(tokenizer, monkeypatch):
-    usual = tokenizer.encode_batch(SAMPLES)
+    usual = [tokenizer.encode(text) for text in SAMPLES]
 
     def give_up(text, disallowed_special):
         raise ValueError("Max stack size exceeded for backtracking")
 
     monkeypatch.setattr(tokenizer._encoding, "encode_to_numpy", give_up)
-    assert tokenizer.encode_batch(SAMPLES) == usual
+    assert [tokenizer.encode(text) for text in SAMPLES] == usual
 
 
 @pytest.mark.parametrize("n", [200_000, 1_000_000])
@@ -233,10 +232,6 @@ def test_a_million_characters_that_the_pattern_leaves_out_are_encoded(n):
 
 def test_special_tokens_decode_to_their_names(tokenizer):
     assert tokenizer.decode(tokenizer.special_tokens.values()) == "".join(SPECIAL_TOKENS)
-
-
-def test_a_batch_is_encoded_in_order(tokenizer):
-    assert tokenizer.encode_batch(SAMPLES) == [tokenizer.encode(text) for text in SAMPLES]
 
 
 def test_bytes_per_token_adds_up_to_the_text(tokenizer):
@@ -447,7 +442,17 @@ def test_a_foreign_file_is_whole(pair, tmp_path):
     assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).to_str() == theirs.to_str()
 
 
-def test_a_tiktoken_encoding_is_taken_over(tmp_path, tokenizer):
+def from_tiktoken(encoding):
+    """A Tokenizer that encodes as a tiktoken.Encoding does: any two tokens that spell a third are a merge."""
+    ranks, merges = encoding._mergeable_ranks, []
+    for token in sorted(ranks, key=ranks.get):
+        halves = [(token[:i], token[i:]) for i in range(1, len(token))]
+        merges += [(left, right) for left, right in halves if left in ranks and right in ranks]
+    pattern = re.sub(r"(\d\})\+(?=\||$)", r"\1", encoding._pat_str)  # other engines repeat the {1,3}
+    return Tokenizer(stage.tokenizer_json(ranks, merges, pattern, encoding._special_tokens, True))
+
+
+def test_the_vocabulary_of_a_tiktoken_encoding_gives_the_same_ids(tmp_path, tokenizer):
     """With bytes in another order, a gap among the ids and a possessive {1,3}+, as OpenAI's have them."""
     tokens = learned(tokenizer)
     random.Random(0).shuffle(first := tokens[:256])
@@ -456,7 +461,7 @@ def test_a_tiktoken_encoding_is_taken_over(tmp_path, tokenizer):
     encoding = tiktoken.Encoding(
         "test", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 300}
     )
-    ours = Tokenizer.from_tiktoken(encoding)
+    ours = from_tiktoken(encoding)
     ours.save(tmp_path / "tokenizer.json")
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     theirs.encode_special_tokens = True
@@ -495,9 +500,9 @@ REFUSED = {
     "added_tokens.*id": lambda d: d["added_tokens"][0].update(id=7),
     "added_tokens.*lstrip": lambda d: d["added_tokens"][0].update(special=False, lstrip=True),
     "lacks b": lambda d: d["model"]["vocab"].pop("ÿ"),
-    "each given once": lambda d: d["model"]["vocab"].update(a=98),
+    "each used once": lambda d: d["model"]["vocab"].update(a=98),
     "KeyError.'model'": lambda d: d.pop("model"),
-    "is not a tokenizer.json of byte-level BPE": lambda d: d["model"].update(vocab=[["a", 0.5]]),
+    "is not a byte-level BPE tokenizer.json": lambda d: d["model"].update(vocab=[["a", 0.5]]),
 }
 
 
@@ -511,6 +516,57 @@ def test_what_cannot_be_represented_is_refused_by_name(tmp_path, tokenizer, mess
     assert "tokenizer.json" in str(refusal.value)
 
 
+# --- conversations ---
+
+START, END = stage.CHAT_TOKENS
+MESSAGES = [
+    {"role": "user", "content": "the cat\n"},
+    {"role": "assistant", "content": " sat on"},
+    {"role": "user", "content": "the dog"},
+]
+
+
+def test_a_conversation_is_rendered_in_chatml_and_the_mask_marks_what_the_assistant_says(tokenizer):
+    ids, mask = render(tokenizer, MESSAGES)
+    expected = f"{START}user\nthe cat{END}\n{START}assistant\nsat on{END}\n{START}user\nthe dog{END}\n"
+    assert tokenizer.decode(ids) == expected
+    assert tokenizer.decode([i for i, marked in zip(ids, mask, strict=True) if marked]) == f"sat on{END}"
+    prompt, prompt_mask = render(tokenizer, MESSAGES, add_generation_prompt=True)
+    assert tokenizer.decode(prompt) == expected + f"{START}assistant\n"
+    assert prompt[: len(ids)] == ids
+    assert prompt_mask == mask + [False] * (len(prompt) - len(ids))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.sampled_from([START, END, "<|endoftext|>", "user\n", "assistant\n", " ", "x"]), max_size=9)
+)
+def test_no_text_forges_a_role(tokenizer, parts):
+    forged = [{"role": "user", "content": "".join(parts)}]
+    ids, mask = render(tokenizer, forged, add_generation_prompt=True)
+    assert [ids.count(tokenizer.special_tokens[name]) for name in SPECIAL_TOKENS] == [0, 2, 1]
+    assert not any(mask)
+
+
+def test_a_tokenizer_without_chat_tokens_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"the tokenizer has no <\|im_end\|>"):
+        render(Tokenizer.train(["the cat"], 260, special_tokens=("<|im_start|>",)), MESSAGES)
+
+
+@pytest.mark.parametrize("kind", [gpt2, llama3])
+def test_missing_chat_tokens_are_added_behind_all_others(tmp_path, kind):
+    plain = Tokenizer(kind())
+    before = json.dumps(plain.document)
+    chat = with_chat_tokens(plain)
+    assert chat.special_tokens == plain.special_tokens | {START: plain.vocab_size, END: plain.vocab_size + 1}
+    assert json.dumps(plain.document) == before and not set(stage.CHAT_TOKENS) & plain.special_tokens.keys()
+    assert all(chat.encode(text) == plain.encode(text) for text in SAMPLES)
+    assert with_chat_tokens(chat) is chat
+    chat.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.apply_chat_template(MESSAGES, return_dict=False) == render(chat, MESSAGES)[0]
+
+
 # --- mistakes, and the command line ---
 
 
@@ -520,7 +576,7 @@ def test_mistakes_are_named(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="given twice"):
         Tokenizer.train(["text"], 300, special_tokens=("<a>", "<a>"))
     for special in ("ab", "a", "Ġ", "é"):  # Ġ and é are how tokenizer.json spells the bytes 0x20 and 0xE9
-        with pytest.raises(ValueError, match=f"special token '{special}' is an ordinary token"):
+        with pytest.raises(ValueError, match=f"special token '{special}' is also an ordinary token"):
             Tokenizer.train(["abab"], 300, special_tokens=(special,))
     with pytest.raises(ValueError, match="empty"):
         Tokenizer.train(["abab"], 300, special_tokens=("",))
@@ -528,18 +584,14 @@ def test_mistakes_are_named(tmp_path, tokenizer):
         tokenizer.decode([0, 320])
     with pytest.raises(ValueError, match="id -1 is not in the vocabulary"):
         tokenizer.decode([-1])
-    for pattern, problem in {
-        "(a)|.": "a group",
-        "a*": "match of nothing",
-        "(?=[A-Z])|x": "match of nothing",
-        "(?x) a": "a flag",
-        "^a": "an anchor",
-        "(": "no regular expr",
-    }.items():
-        with pytest.raises(ValueError, match=problem):
+    for pattern in ("(a)|.", "a*", "(?=[A-Z])|x", "(?x) a", "^a"):
+        expected = re.escape(f"the split pattern {pattern} has a group, an anchor, a flag or an empty match")
+        with pytest.raises(ValueError, match=expected):
             Tokenizer.train(["text"], 300, pattern=pattern)
+    with pytest.raises(ValueError, match=r"the split pattern \( is not a regular expression"):
+        Tokenizer.train(["text"], 300, pattern="(")
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ValueError, match="broken.json is not a tokenizer.json"):
+    with pytest.raises(ValueError, match="broken.json is not a byte-level BPE tokenizer.json"):
         Tokenizer.load(tmp_path / "broken.json")
 
 
@@ -596,9 +648,9 @@ def test_colour_is_for_terminals_that_want_it(tmp_path, tokenizer, no_color):
         (["train", "missing.txt"], "missing.txt"),
         (["train", "empty.txt"], "no training text"),
         (["train", "text.txt", "--vocab-size", "100"], "100 is outside 259"),
-        (["train", "text.txt", "--pattern", "("], "no regular expression"),
+        (["train", "text.txt", "--pattern", "("], "( is not a regular expression"),
         (["show", "missing.json", "text"], "missing.json"),
-        (["show", "text.txt", "text"], "text.txt is not a tokenizer.json"),
+        (["show", "text.txt", "text"], "text.txt is not a byte-level BPE tokenizer.json"),
         (["train", "."], "."),
     ],
 )

@@ -1,61 +1,46 @@
 """What train.py promises: honest numbers, the same digits from the same seed, also after a kill."""
 
+import argparse
 import csv
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, WORDS, make_run, read_log, run_main, run_script
+from conftest import ROOT, WORDS, make_settings, read_log, run_main, run_script
 
-import checkpoint
-import loop
-import machine
 import train as stage
-from data import loader, prepare
-from model import Config, Transformer
-from optimizer import make_optimizers
+from data import prepare
+from data.loader import Blocks, load_data
+from model import PRESETS, Transformer
 from tokenizer import Tokenizer
+from train import (
+    Muon,
+    NextTokenLoss,
+    Pace,
+    bits_per_byte,
+    find_run,
+    fit_micro_batch,
+    fraction_done,
+    learning_rate,
+    make_optimizers,
+    orthogonalize,
+    set_dropout,
+    training_step,
+)
 
-
-def test_bits_per_byte_is_nats_over_ln_2_over_bytes(tmp_path, model, tokenizer):
-    end = tokenizer.special_tokens["<|endoftext|>"]
-    text = WORDS * 4
-    ids = [*tokenizer.encode(text), end, *tokenizer.encode(text), end]
-    np.array(ids, dtype="<u2").tofile(tmp_path / "val.bin")
-    tokens = loader.Tokens(tmp_path, "val", "<u2")
-    nats = 0.0
-    for start in range(0, len(ids) - 1, 32):
-        block = torch.tensor([ids[start : start + 33]])
-        log_p = model(block[:, :-1]).log_softmax(-1)
-        nats -= log_p.gather(-1, block[:, 1:, None]).sum().item()
-    n_bytes = 2 * len(text.encode()) - len(tokenizer.decode_bytes(ids[:1]))  # nothing predicts the first
-    measured, _ = loop.bits_per_byte(model, tokens, tokenizer.bytes_per_token)
-    assert measured == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
-
-
-def test_evaluating_changes_nothing(tmp_path, model, tokenizer):
-    (np.arange(1000, dtype="<u2") % 320).tofile(tmp_path / "val.bin")
-    tokens = loader.Tokens(tmp_path, "val", "<u2")
-    model.train()
-    state = torch.get_rng_state()
-    first, second = (loop.bits_per_byte(model, tokens, tokenizer.bytes_per_token, 5) for _ in range(2))
-    assert first == second
-    assert model.training
-    assert torch.equal(state, torch.get_rng_state())
-    assert all(p.grad is None for p in model.parameters())
+# --- one step ---
 
 
 def gradients_after(model, ids, targets, micro_batch):
-    """The loss of a training step and the gradients that its optimizers would see, unclipped in direction."""
+    """The rows and norm that a training step returns, and the gradients that its optimizers see."""
     seen = {}
 
     class Spy(torch.optim.SGD):
@@ -63,9 +48,9 @@ def gradients_after(model, ids, targets, micro_batch):
             seen.update((name, p.grad.clone()) for name, p in model.named_parameters())
 
     spy = Spy([{"params": model.parameters(), "initial_lr": 0.0}], lr=0.0)
-    given = SimpleNamespace(model=model, optimizers=[spy], loss_of=loop.next_token_loss)
     n = int((targets != -100).sum())
-    rows, norm = loop.training_step(given, (ids, targets), n, 1.0, make_run(micro_batch=micro_batch))
+    settings = make_settings(micro_batch=micro_batch)
+    rows, norm = training_step(NextTokenLoss(model), [spy], (ids, targets), n, 1.0, settings)
     return rows.sum() / n, norm, seen
 
 
@@ -83,79 +68,241 @@ def test_micro_batches_are_one_big_batch_averaged_per_token(model):
             torch.testing.assert_close(parts[2][name], whole[name], atol=1e-6, rtol=1e-5)
 
 
-def test_a_compiled_run_learns_the_same_and_saves_the_plain_names(prepared, tmp_path):
-    losses = {}
-    for option in ("--compile", "--no-compile"):
-        out = tmp_path / option[2:]
-        options = ("--steps", 4, "--batch-size", 2, "--block-size", 32, "--dtype", "float32", option)
-        run_here("--data", prepared, *options, "--out", out)
-        losses[option] = [float(row["train_loss"]) for row in read_log(out)]
-    assert losses["--compile"] == pytest.approx(losses["--no-compile"], abs=0.01)
-    assert Transformer.load(tmp_path / "compile")
+class LimitedMemory(NextTokenLoss):
+    """A loss that runs out of memory above some number of rows."""
+
+    def __init__(self, model, most, error):
+        super().__init__(model)
+        self.most, self.error, self.tried = most, error, []
+
+    def forward(self, ids, targets):
+        self.tried.append(len(ids))
+        if len(ids) > self.most:
+            raise self.error
+        return super().forward(ids, targets)
 
 
-def test_running_out_of_memory_says_what_to_change(tiny_config):
-    run = make_run(batch_size=8, micro_batch=8)
-    tuning = machine.replace(run, preset="")
-    with pytest.raises(ValueError, match="--lora-rank 8 less"), machine.explain_memory(tiny_config, tuning):
-        torch.empty(2**60)
-    with (
-        pytest.raises(ValueError, match="--batch-size 4 needs about .* GB, --block-size 16 needs about"),
-        machine.explain_memory(tiny_config, run),
-    ):
-        torch.empty(2**60)
-    with pytest.raises(RuntimeError, match="anything else"), machine.explain_memory(tiny_config, run):
-        raise RuntimeError("anything else")
+FULL = (
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+)
 
 
-def test_dropout_draws_other_masks_at_every_step_and_in_every_process(prepared, tmp_path, monkeypatch):
-    seeds = []
-    monkeypatch.setattr(
-        torch, "manual_seed", lambda seed, draw=torch.manual_seed: (seeds.append(seed), draw(seed))
+@pytest.mark.parametrize("error", FULL)
+def test_a_micro_batch_that_does_not_fit_is_halved_aloud(model, error, capsys):
+    ids = torch.randint(320, (12, 32))
+    objective, settings = LimitedMemory(model, 3, error), make_settings(batch_size=12, micro_batch=12)
+    fit_micro_batch(objective, (ids, ids), settings)
+    assert settings.micro_batch == 3 and objective.tried == [12, 6, 3]
+    assert capsys.readouterr().out.count("out of memory: trying") == 2
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_memory_for_less_than_a_row_names_what_to_change(model):
+    ids = torch.randint(320, (2, 32))
+    with pytest.raises(ValueError, match="one row at a time: take a smaller --block-size or --preset"):
+        fit_micro_batch(LimitedMemory(model, 0, FULL[0]), (ids, ids), make_settings(micro_batch=2))
+
+
+def test_another_error_in_the_first_batch_is_not_taken_for_full_memory(model):
+    ids = torch.randint(320, (2, 32))
+    with pytest.raises(RuntimeError, match="something else"):
+        fit_micro_batch(LimitedMemory(model, 0, RuntimeError("something else")), (ids, ids), make_settings())
+
+
+def test_where_compiling_fails_the_run_goes_on_without_and_says_so(model, capsys):
+    ids = torch.randint(320, (4, 32))
+    objective, settings = NextTokenLoss(model), make_settings(compile=True)
+
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    objective.compile(backend=backend)
+    try:
+        fit_micro_batch(objective, (ids, ids), settings)
+        assert "torch.compile fails here" in capsys.readouterr().out and not settings.compile
+        assert objective(ids, ids)[0].item() == pytest.approx(model.loss(ids, ids, "sum").item())
+    finally:
+        torch.compiler.set_stance("default")
+
+
+# --- the optimizers ---
+
+
+def test_every_parameter_has_one_optimizer_and_muon_takes_the_matrices_of_the_blocks(model):
+    muon, adamw = make_optimizers(model, 0.01, 0.1, torch.float32)
+    names = {p: name for name, p in model.named_parameters()}
+    of_muon, of_adamw = (
+        {names[p] for group in o.param_groups for p in group["params"]} for o in (muon, adamw)
     )
-    run_here("--data", prepared, "--steps", 4, "--batch-size", 2, "--dropout", 0.5, "--out", tmp_path / "out")
-    masks = []
-    for seed in seeds[-4:]:
-        torch.manual_seed(seed)
-        masks.append(torch.rand(8).tolist())
-    assert len({tuple(mask) for mask in masks}) == 4
+    assert of_muon | of_adamw == set(names.values()) and not of_muon & of_adamw
+    assert all("_proj" in name for name in of_muon)
+    assert "model.embed_tokens.weight" in of_adamw
 
 
-def test_micro_batches_are_chosen_to_fit():
-    shape, run = Config(50304, 1024, **stage.PRESETS["small"]), make_run(batch_size=96, block_size=1024)
-    run.micro_batch = machine.fit_micro_batch(shape, run, "cpu")
-    assert 96 % run.micro_batch == 0
-    assert 0.2 * machine.memory_of("cpu") < sum(machine.training_memory(shape, run).values())
-    assert sum(machine.training_memory(shape, run).values()) < 0.8 * machine.memory_of("cpu")
+def test_muon_computes_what_pytorch_s_muon_computes():
+    """To the bit, though it takes matrices of one shape together."""
+    torch.manual_seed(0)
+    shapes = [(8, 8), (24, 8), (8, 24), (24, 8), (8, 8)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    optimizers = [
+        Muon([{"params": ours[:3]}, {"params": ours[3:], "lr": 0.1}], lr=0.02, weight_decay=0.1),
+        torch.optim.Muon(
+            [{"params": theirs[:3]}, {"params": theirs[3:], "lr": 0.1}], lr=0.02, weight_decay=0.1
+        ),
+    ]
+    for _ in range(5):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(ours, theirs))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_estimate_of_memory_is_near_what_the_backward_pass_keeps(dtype):
-    config = Config(1024, 128, n_layer=4, n_head=4, n_kv_head=2, n_embd=256, n_hidden=704)
-    model, run = Transformer(config), make_run(block_size=128, micro_batch=8, dtype=dtype)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
+def test_muon_leaves_a_weight_without_gradient_alone():
+    frozen, p = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4, 4))
+    p.grad = torch.eye(4)
+    Muon([frozen, p], lr=0.1, weight_decay=0.1).step()
+    assert torch.equal(frozen, torch.ones(4, 4)) and not torch.equal(p, frozen)
 
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
 
-    ids = torch.randint(1024, (8, 128))
-    with (
-        machine.precision("cpu", dtype),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
-        model.loss(ids, ids)
-    measured = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
-    estimate = machine.training_memory(config, run)
-    assert estimate["activations"] == pytest.approx(measured, rel=0.25)
-    assert estimate["weights"] == estimate["gradients"] == sum(p.nbytes for p in model.parameters())
-    optimizers = make_optimizers(model, 0.01, 0.1)
-    model.loss(ids, ids).backward()
-    for optimizer in optimizers:
-        optimizer.step()
-    moments = [t for o in optimizers for state in o.state.values() for t in state.values() if t.ndim]
-    assert estimate["moments"] == sum(t.nbytes for t in moments)
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 40), (2, 40, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalize_brings_singular_values_near_one_and_keeps_the_directions(shape, dtype):
+    torch.manual_seed(0)
+    X = torch.randn(shape)
+    result = orthogonalize(X, dtype).float()
+    values = torch.linalg.svdvals(result)
+    assert values.min() > 0.3 and values.max() < 1.3  # the smallest of 16 x 16 start near zero
+    U, _, V = torch.linalg.svd(X, full_matrices=False)
+    assert torch.nn.functional.cosine_similarity(result.flatten(), (U @ V).flatten(), dim=0) > 0.95
+
+
+# --- the schedule ---
+
+
+def test_the_rate_warms_up_stays_and_falls_to_zero():
+    settings = make_settings(steps=100, fall=40, warmup=10)
+    rates = [learning_rate(step, fraction_done(step, 0, settings), settings) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == 1 and rates[39] == 1
+    assert rates[70] == pytest.approx(0.5) and 0 < rates[99] < 0.02
+
+
+class FakeClock:
+    """Instead of time.perf_counter: a time that a test sets."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(stage.time, "perf_counter", lambda: self.now)
+
+
+def run_by_the_clock(monkeypatch, seconds_of_step, minutes=1.0, eval_seconds=0.5, **changes):
+    """A run in pretended time -> (settings, seconds at the end, [(step, rate, seconds of evaluations)])."""
+    clock = FakeClock(monkeypatch)
+    settings = make_settings(minutes=minutes, steps=None, fall=None, warmup=50, eval_every=None, **changes)
+    pace, step, rates, evaluated = Pace(settings, 0, 0.0, 4), 0, [], []
+    while step != settings.steps:
+        rates.append(learning_rate(step, pace.done, settings))
+        clock.now += seconds_of_step(clock.now)
+        step += 1
+        evaluating, logging = pace.advance(step)
+        if logging:
+            pace.end_lap(step)
+            pace.decide_steps(step)
+        if evaluating:
+            evaluated.append(clock.now)
+            clock.now += eval_seconds * (4 if step == settings.steps else 1)
+        if logging:
+            pace.begin_lap(step, evaluating)
+    return settings, clock.now, rates, evaluated
+
+
+@pytest.mark.parametrize("step_seconds", [0.01, 0.1, 0.7])
+def test_a_budget_is_used_up_and_the_rate_falls_over_what_is_left(monkeypatch, step_seconds, capsys):
+    settings, seconds, rates, evaluated = run_by_the_clock(monkeypatch, lambda now: step_seconds)
+    assert seconds == pytest.approx(60, rel=0.03)
+    assert rates.index(1) <= max(50, 0.06 * 60 / step_seconds)  # warm after 50 steps or 5 % of the budget
+    assert settings.fall * step_seconds == pytest.approx(0.4 * 60, rel=0.15)
+    assert rates[settings.fall - 1] == 1 > rates[settings.fall + 1] and rates[-1] < 0.1
+    assert 6 <= len(evaluated) <= 10
+    assert "from here on the rate falls" in capsys.readouterr().out
+
+
+def test_a_disturbance_at_the_start_does_not_change_what_fits(monkeypatch):
+    """Ten times as slow for the first 10 seconds: the steps that are left are counted at the later speed."""
+    calm, _, _, _ = run_by_the_clock(monkeypatch, lambda now: 0.1)
+    disturbed, seconds, _, _ = run_by_the_clock(monkeypatch, lambda now: 1.0 if now < 10 else 0.1)
+    assert seconds == pytest.approx(60, rel=0.03)
+    assert disturbed.steps > 0.8 * calm.steps
+
+
+def test_slow_evaluations_become_fewer(monkeypatch):
+    settings, seconds, _, evaluated = run_by_the_clock(monkeypatch, lambda now: 0.1, eval_seconds=3)
+    assert settings.n_evals == 2 and len(evaluated) <= 4
+    assert seconds == pytest.approx(60, rel=0.1)
+
+
+def test_of_two_limits_the_first_one_ends_the_run(monkeypatch):
+    settings, seconds, _, _ = run_by_the_clock(monkeypatch, lambda now: 0.1, max_steps=100)
+    assert settings.steps == 100 and settings.fall == 40 and seconds < 20
+    settings, seconds, _, _ = run_by_the_clock(monkeypatch, lambda now: 0.1, max_steps=100000)
+    assert seconds == pytest.approx(60, rel=0.03)
+
+
+def test_evaluations_of_a_fixed_number_of_steps_follow_from_the_step():
+    due = []
+    for _ in range(2):
+        pace, found = Pace(make_settings(steps=300, fall=120, eval_every=None), 0, 0.0, 1), []
+        for step in range(1, 301):
+            evaluating, _ = pace.advance(step)
+            if evaluating:
+                found.append(step)
+        due.append(found)
+    assert due[0] == due[1] == list(range(30, 301, 30))
+
+
+def test_dropout_draws_other_masks_at_every_step_and_sets_in_when_a_text_is_seen_often(model):
+    blocks, masks, settings = Blocks(torch.arange(330).numpy(), 32, 0), [], make_settings(dropout=None)
+    for step in range(4):
+        set_dropout(model, step, settings, blocks)
+        masks.append(tuple(torch.rand(8).tolist()))
+    assert len(set(masks)) == 4
+    per_epoch = blocks.per_epoch / settings.batch_size
+    for step, dropout in ((0, 0.0), (int(9.9 * per_epoch), 0.0), (math.ceil(10 * per_epoch), 0.1)):
+        set_dropout(model, step, settings, blocks)
+        assert {block.dropout.p for block in model.model.layers} == {dropout}
+    set_dropout(model, 0, make_settings(dropout=0.3), blocks)
+    assert model.model.layers[0].dropout.p == 0.3
+
+
+# --- bits per byte ---
+
+
+def test_bits_per_byte_is_nats_over_ln_2_over_bytes(model, tokenizer):
+    end = tokenizer.special_tokens["<|endoftext|>"]
+    text = WORDS * 4
+    ids = [*tokenizer.encode(text), end, *tokenizer.encode(text), end]
+    nats = 0.0
+    for start in range(0, len(ids) - 1, 32):
+        block = torch.tensor([ids[start : start + 33]])
+        log_p = model(block[:, :-1]).log_softmax(-1)
+        nats -= log_p.gather(-1, block[:, 1:, None]).sum().item()
+    n_bytes = 2 * len(text.encode()) - len(tokenizer.decode_bytes(ids[:1]))  # nothing predicts the first
+    measured = bits_per_byte(model, torch.tensor(ids).numpy(), tokenizer.bytes_per_token)
+    assert measured == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+
+
+def test_evaluating_changes_nothing(model, tokenizer):
+    tokens = torch.arange(1000).numpy() % 320
+    model.train()
+    state = torch.get_rng_state()
+    first, second = (bits_per_byte(model, tokens, tokenizer.bytes_per_token, 5) for _ in range(2))
+    assert first == second
+    assert model.training
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(p.grad is None for p in model.parameters())
 
 
 # --- the script ---
@@ -168,7 +315,7 @@ def prepared(tmp_path_factory):
     text.write_text("".join(f"{WORDS}line {i} of the text\n" for i in range(200)), encoding="utf-8")
     prepare.prepare([str(text)], name="test-train", vocab_size=320)
     yield "test-train"
-    prepare.shutil.rmtree(prepare.DATA / "test-train")
+    shutil.rmtree(prepare.DATA / "test-train")
 
 
 def command(*arguments, processes=1):
@@ -208,19 +355,19 @@ def run_here(*arguments):
 
 def assert_same_run(out, other):
     """Weights, optimizers, samples and log are equal to the bit."""
-    for name in ("model.safetensors", "config.json", "samples.txt", "checkpoints/best/model.safetensors"):
+    for name in ("model.safetensors", "config.json", "samples.txt", "best/model.safetensors"):
         assert (out / name).read_bytes() == (other / name).read_bytes(), name
     assert read_log(out) == read_log(other)
-    step = max(path.name for path in out.glob("checkpoints/step_*"))
-    states = []
-    for folder in (out, other):
-        state = torch.load(folder / "checkpoints" / step / "train_state.pt", weights_only=True)
-        states.append({k: v for k, v in state.items() if k != "seconds"})
-    optimizers, others = (state.pop("optimizers")["state"] for state in states)
-    assert states[0] == states[1]
-    assert optimizers.keys() == others.keys()
-    for name, moments in optimizers.items():
-        assert all(torch.equal(value, others[name][key]) for key, value in moments.items())
+    states = [torch.load(folder / "train_state.pt", weights_only=True) for folder in (out, other)]
+    assert states[0].keys() == states[1].keys()
+    for name in states[0].keys() - {"seconds", "lengths", "optimizers", "weights", "settings"}:
+        assert states[0][name] == states[1][name], name
+    for name, p in states[0]["weights"].items():
+        assert torch.equal(p, states[1]["weights"][name])
+    for ours, theirs in zip(*(state["optimizers"] for state in states)):
+        assert ours["param_groups"] == theirs["param_groups"]
+        for number, moments in ours["state"].items():
+            assert all(torch.equal(value, theirs["state"][number][key]) for key, value in moments.items())
 
 
 SHORT = ("--steps", 24, "--eval-every", 8, "--save-every", 3, "--batch-size", 2, "--dropout", 0.1)
@@ -237,11 +384,10 @@ def reference(prepared, tmp_path_factory):
 
 
 def test_a_run_learns_logs_and_leaves_a_model_that_opens(prepared, tmp_path):
-    result = run_script(
-        "train.py", "--data", prepared, "--steps", 60, "--batch-size", 8, "--out", tmp_path / "out"
-    )
+    out = tmp_path / "out"
+    result = run_script("train.py", "--data", prepared, "--steps", 60, "--batch-size", 8, "--out", out)
     assert result.returncode == 0, result.stderr
-    with open(tmp_path / "out/log.csv", newline="") as file:
+    with open(out / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[-1]["step"] == "60" and rows[-1]["tokens"] == str(60 * 8 * 128)
     assert float(rows[0]["train_loss"]) == pytest.approx(math.log(320), rel=0.1)
@@ -250,10 +396,8 @@ def test_a_run_learns_logs_and_leaves_a_model_that_opens(prepared, tmp_path):
     assert [name for name in rows[0] if "bpb" in name] == ["val_bpb"]
     assert f"{float(rows[-1]['val_bpb']):.4f} bits per byte of held-out text after 60 steps" in result.stdout
     assert "python sample.py" in result.stdout
-    model = Transformer.load(tmp_path / "out")
-    tokenizer = Tokenizer.load(tmp_path / "out/tokenizer.json")
-    val = loader.Tokens(prepare.DATA / prepared, "val", "<u2")
-    bpb, _ = loop.bits_per_byte(model, val, tokenizer.bytes_per_token)
+    model, data = Transformer.load(out), load_data(prepare.DATA / prepared)
+    bpb = bits_per_byte(model, data.val, Tokenizer.load(out / "tokenizer.json").bytes_per_token)
     assert bpb == pytest.approx(float(rows[-1]["val_bpb"]), abs=0.01)
 
 
@@ -265,17 +409,20 @@ def test_samples_show_one_prompt_at_every_evaluation(reference):
     assert all(line in printed for line in lines)
 
 
-def test_what_is_derived_is_printed_before_the_first_step(reference):
+def test_what_was_chosen_is_printed_before_the_first_step(reference):
     before = reference[1].split("val bpb")[0]
-    for name in ("data", "model", "device", "dtype", "compile", "memory", "a step", "steps", "text", "rates"):
+    for name in ("data", "model", "device", "batch", "steps", "text", "rates", "start"):
         assert f"\n{name:10}" in f"\n{before}"
     assert "a loss of 5.77 = ln 320" in before
 
 
-def test_the_last_two_checkpoints_and_the_best_are_kept(reference):
-    names = sorted(path.name for path in (reference[0] / "checkpoints").iterdir())
-    assert names == ["best", "step_000021", "step_000024"]
-    Transformer.load(reference[0] / "checkpoints/best")
+def test_a_run_leaves_one_file_to_resume_from_and_the_best_model(reference):
+    names = {path.name for path in reference[0].iterdir()} - {".lock"}
+    assert names == {
+        "best", "config.json", "generation_config.json", "log.csv", "model.safetensors", "samples.txt",
+        "tokenizer.json", "tokenizer_config.json", "train_state.pt",
+    }  # fmt: skip
+    Transformer.load(reference[0] / "best")
 
 
 def test_the_same_seed_gives_the_same_digits_and_no_run_is_overwritten(prepared, reference, tmp_path):
@@ -289,28 +436,83 @@ def test_the_same_seed_gives_the_same_digits_and_no_run_is_overwritten(prepared,
 def test_evaluating_and_saving_more_often_changes_no_weight(prepared, reference, tmp_path):
     often = [*SHORT[:2], "--eval-every", 3, *SHORT[6:]]
     run_here("--data", prepared, *often, "--out", tmp_path / "out")
-    assert (tmp_path / "out/model.safetensors").read_bytes() == (
-        reference[0] / "model.safetensors"
-    ).read_bytes()
+    weights = (tmp_path / "out/model.safetensors").read_bytes()
+    assert weights == (reference[0] / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("places", [["step_000000"], ["step_000009"], ["step_000006", "unfinished"]])
-def test_a_killed_run_goes_on_to_the_same_bits(prepared, reference, tmp_path, places):
-    out = tmp_path / "out"
-    process = start("--data", prepared, *SHORT, "--out", out)
-    for place in places:
-        wait_for(out / "checkpoints" / place, process)
+def test_a_compiled_run_learns_the_same_and_saves_the_plain_names(prepared, tmp_path, monkeypatch):
+    shape = dict(n_layer=1, n_head=2, n_kv_head=1, n_embd=32, n_hidden=64)  # compiles faster
+    monkeypatch.setitem(PRESETS, "nano", shape)
+    losses = {}
+    for option in ("--compile", "--no-compile"):
+        out = tmp_path / option[2:]
+        options = ("--steps", 4, "--batch-size", 2, "--block-size", 32, "--dtype", "float32", option)
+        run_here("--data", prepared, *options, "--out", out)
+        losses[option] = [float(row["train_loss"]) for row in read_log(out)]
+    assert losses["--compile"] == pytest.approx(losses["--no-compile"], abs=0.01)
+    assert Transformer.load(tmp_path / "compile")
+
+
+# --- save and resume ---
+
+
+def kill_after(process, out, n_saves):
+    """Kill a run as soon as it has saved n_saves times, or is in the middle of the next save."""
+    seen = set()
+    deadline = time.monotonic() + 90
+    while len(seen) < n_saves:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        if (out / "train_state.pt").exists():
+            seen.add((out / "train_state.pt").stat().st_mtime_ns)
+        time.sleep(0.001)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    printed = run_here("--resume", "--out", out)
-    assert "resumed" in printed
+
+
+@pytest.mark.parametrize("n_saves", [1, 3, 6])
+def test_a_killed_run_continues_to_the_same_bits(prepared, reference, tmp_path, n_saves):
+    out = tmp_path / "out"
+    kill_after(start("--data", prepared, *SHORT, "--out", out), out, n_saves)
+    assert "resumed" in run_here("--resume", "--out", out)
     assert_same_run(out, reference[0])
-    assert not list(out.rglob("*unfinished*")) and not list(out.glob(".*"))
+    assert not list(out.rglob("*unfinished*"))
+
+
+@pytest.mark.parametrize("moment", ["state", "rename", "model"])
+def test_a_run_killed_while_saving_continues_alike(prepared, reference, tmp_path, monkeypatch, moment):
+    """Before the new file has its name, just after, and while the model's own files are moved."""
+    out, calls = tmp_path / "out", []
+
+    class Killed(BaseException):
+        pass
+
+    def die_at(function, condition, name):
+        def replacement(*args, **keywords):
+            if condition(*args):
+                calls.append(name)
+                if len(calls) == 3:
+                    raise Killed
+            return function(*args, **keywords)
+
+        return replacement
+
+    with monkeypatch.context() as patch:
+        if moment == "state":
+            patch.setattr(stage.torch, "save", die_at(torch.save, lambda state, file: True, moment))
+        else:
+            wanted = {"rename": "train_state.pt", "model": "model.safetensors"}[moment]
+            patch.setattr(os, "replace", die_at(os.replace, lambda a, b: Path(b) == out / wanted, moment))
+        with pytest.raises(Killed):
+            run_here("--data", prepared, *SHORT, "--out", out)
+    assert len(calls) == 3
+    assert "resumed" in run_here("--resume", "--out", out)
+    assert_same_run(out, reference[0])
 
 
 @needs_cuda
 @pytest.mark.parametrize("compiling", ["--compile", "--no-compile"])
-def test_a_killed_deterministic_run_on_a_gpu_goes_on_to_the_same_bits(prepared, tmp_path, compiling):
+def test_a_killed_deterministic_run_on_a_gpu_continues_to_the_same_bits(prepared, tmp_path, compiling):
     options = (
         *SHORT,
         "--preset",
@@ -323,20 +525,18 @@ def test_a_killed_deterministic_run_on_a_gpu_goes_on_to_the_same_bits(prepared, 
         "cuda",
     )
     assert run_process("--data", prepared, *options, "--out", tmp_path / "reference").returncode == 0
-    process = start("--data", prepared, *options, "--out", tmp_path / "out")
-    wait_for(tmp_path / "out/checkpoints/step_000009", process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    result = run_process("--resume", "--out", tmp_path / "out", "--device", "cuda")
+    out = tmp_path / "out"
+    kill_after(start("--data", prepared, *options, "--out", out), out, 3)
+    result = run_process("--resume", "--out", out, "--device", "cuda")
     assert result.returncode == 0, result.stderr
-    assert_same_run(tmp_path / "out", tmp_path / "reference")
+    assert_same_run(out, tmp_path / "reference")
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_says_how_to_go_on_and_leaves_no_trace(prepared, reference, tmp_path, stop):
     out = tmp_path / "out"
     process = start("--data", prepared, *SHORT, "--out", out)
-    wait_for(out / "checkpoints/step_000003", process)
+    wait_for(out / "train_state.pt", process)
     os.killpg(process.pid, stop)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and errors == ""
@@ -348,42 +548,55 @@ def test_ctrl_c_saves_says_how_to_go_on_and_leaves_no_trace(prepared, reference,
     assert "is finished: 24 steps" in run_here("--resume", "--out", moved)
 
 
-def test_a_run_killed_after_its_last_checkpoint_puts_that_into_place(reference, tmp_path):
+def test_a_run_killed_between_its_two_last_saves_puts_the_model_into_place(reference, tmp_path):
     out = tmp_path / "out"
-    prepare.shutil.copytree(reference[0], out)
+    shutil.copytree(reference[0], out)
     good = (out / "model.safetensors").read_bytes()
-    (out / "model.safetensors").write_bytes((out / "checkpoints/step_000021/model.safetensors").read_bytes())
+    shutil.copy(out / "best/config.json", out / "model.safetensors")
     assert "is finished" in run_here("--resume", "--out", out)
     assert (out / "model.safetensors").read_bytes() == good
 
 
 def test_without_a_name_the_newest_unfinished_run_is_found(reference, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "OUT", tmp_path)
+    monkeypatch.setattr(stage, "OUT", tmp_path)
     for i, name in enumerate(("old", "new")):
-        prepare.shutil.copytree(reference[0], tmp_path / name)
+        shutil.copytree(reference[0], tmp_path / name)
         os.utime(tmp_path / name, (i, i))
     (tmp_path / "newest-but-empty").mkdir()
-    assert checkpoint.find_run(None, "pretraining")[0] == tmp_path / "new", "all are finished"
-    prepare.shutil.rmtree(checkpoint.all_checkpoints(tmp_path / "old")[-1])
+    assert find_run(None, "train.py") == tmp_path / "new", "all are finished"
+    state = torch.load(tmp_path / "old/train_state.pt", weights_only=True)
+    torch.save(state | {"step": 21}, tmp_path / "old/train_state.pt")
     os.utime(tmp_path / "old", (0, 0))
-    assert checkpoint.find_run(None, "pretraining")[0] == tmp_path / "old"
-    with pytest.raises(ValueError, match="no checkpoints of finetuning"):
-        checkpoint.find_run(None, "finetuning")
+    assert find_run(None, "train.py") == tmp_path / "old"
+    with pytest.raises(ValueError, match="no saved run of finetune.py"):
+        find_run(None, "finetune.py")
 
 
 def test_a_new_run_says_how_to_go_on_with_an_unfinished_one(prepared, tmp_path):
     out = tmp_path / "out"
-    process = start("--data", prepared, "--steps", 10000, "--out", out)
-    wait_for(out / "checkpoints/step_000000", process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process = start("--data", prepared, "--steps", 10000, "--save-every", 1, "--out", out)
+    kill_after(process, out, 1)
     printed = run_here("--data", prepared, "--steps", 1, "--out", out)
     assert "to go on with it: python train.py --resume --out" in printed and "out.1" in printed
 
 
+def test_a_second_process_on_the_same_folder_is_refused_and_moves_nothing(prepared, tmp_path):
+    out = tmp_path / "out"
+    process = start("--data", prepared, "--steps", 10000, "--save-every", 1, "--out", out)
+    wait_for(out / "train_state.pt", process)
+    for arguments in (("--data", prepared, "--steps", 1), ("--resume",)):
+        result = run_script("train.py", *arguments, "--device", "cpu", "--out", out)
+        assert result.returncode == 2
+        assert "another process is training in" in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "out.1").exists()
+    os.killpg(process.pid, signal.SIGKILL)  # a killed process leaves no lock behind
+    process.communicate()
+    assert "is now" in run_here("--data", prepared, "--steps", 1, "--out", out)
+
+
 def test_a_run_is_resumed_with_what_it_began_with_or_not_at_all(prepared, reference, tmp_path):
     out = tmp_path / "out"
-    prepare.shutil.copytree(reference[0], out)
+    shutil.copytree(reference[0], out)
     with pytest.raises(ValueError, match="--lr: a resumed run keeps its settings"):
         run_here("--resume", "--out", out, "--lr", 1)
     with pytest.raises(ValueError, match="nothing to resume in .*nowhere"):
@@ -399,46 +612,50 @@ def test_a_run_is_resumed_with_what_it_began_with_or_not_at_all(prepared, refere
         with pytest.raises(ValueError, match="the t.* has changed since the run began"):
             run_here("--resume", "--out", out, "--data", "test-other")
     finally:
-        prepare.shutil.rmtree(prepare.DATA / "test-other")
-    state = out / "checkpoints/step_000024/train_state.pt"
+        shutil.rmtree(prepare.DATA / "test-other")
+    state = out / "train_state.pt"
     state.write_bytes(state.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="train_state.pt is damaged"):
         run_here("--resume", "--out", out)
 
 
 def test_a_budget_in_minutes_is_kept(prepared, tmp_path):
-    run_here("--data", prepared, "--minutes", 0.1, "--batch-size", 8, "--out", tmp_path / "out")
+    printed = run_here("--data", prepared, "--minutes", 0.1, "--batch-size", 8, "--out", tmp_path / "out")
     with open(tmp_path / "out/log.csv", newline="") as file:
-        seconds = float(list(csv.DictReader(file))[-1]["seconds"])
-    assert 1 < seconds < 30  # 6 are asked for; a busy machine may take longer
+        rows = list(csv.DictReader(file))
+    assert 1 < float(rows[-1]["seconds"]) < 30  # 6 are asked for; a busy machine may take longer
+    assert f"steps     {int(rows[-1]['step']):,} in all" in printed
+    assert float(rows[-1]["lr"]) < 0.2 * max(float(row["lr"]) for row in rows)
 
 
-def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint_good(prepared, tmp_path):
+def test_a_full_disk_ends_in_one_line_and_leaves_the_last_save_good(prepared, tmp_path):
+    out = tmp_path / "out"
+
     def limit():  # on the size of a file: what a full disk looks like from inside
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 
-    arguments = ["--data", prepared, "--steps", 4, "--save-every", 2, "--out", tmp_path / "out"]
+    arguments = ["--data", prepared, "--steps", 4, "--save-every", 2, "--out", out]
     result = run_process(*arguments, limit=limit)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-    assert not list((tmp_path / "out/checkpoints").iterdir())
+    assert not list(out.glob("*unfinished*")) and not list(out.glob(".unfinished*"))
     process = start(*arguments[:3], 10000, *arguments[4:])
-    wait_for(tmp_path / "out/checkpoints/step_000002", process)
-    sizes = [path.stat().st_size for path in (tmp_path / "out/checkpoints/step_000002").iterdir()]
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (max(sizes) - 1, max(sizes) - 1))  # train_state.pt
+    wait_for(out / "model.safetensors", process)
+    size = (out / "train_state.pt").stat().st_size
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size - 1, size - 1))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2 and "train_state.pt cannot be written" in errors
     assert errors.startswith("error: ") and errors.count("\n") == 1
-    good = sorted((tmp_path / "out/checkpoints").glob("step_*"))[-1]
-    assert Transformer.load(good) and Transformer.load(tmp_path / "out")
-    assert "optimizers" in torch.load(good / "train_state.pt", weights_only=True)
+    assert Transformer.load(out)
+    assert "optimizers" in torch.load(out / "train_state.pt", weights_only=True)
 
 
 def test_a_diverged_run_keeps_the_last_good_model(prepared, tmp_path):
     arguments = ["--data", prepared, "--steps", 9, "--eval-every", 1, "--lr", 1e30, "--out", tmp_path / "out"]
     with pytest.raises(ValueError, match="the loss diverged: try a lower --lr; "):
         run_here(*arguments)
-    assert all(p.isfinite().all() for p in Transformer.load(tmp_path / "out").parameters())
+    for path in (tmp_path / "out").glob("model.safetensors"):
+        assert all(p.isfinite().all() for p in Transformer.load(path.parent).parameters())
 
 
 def test_a_folder_that_holds_no_model_is_never_moved(prepared, tmp_path):
@@ -452,19 +669,19 @@ def test_a_folder_that_holds_no_model_is_never_moved(prepared, tmp_path):
     ("arguments", "message"),
     [
         (["--data", str(prepare.DATA)], "no data named "),
-        (["--seed", "-1"], "--seed -1 must be at least 0"),
+        (["--seed", "-1"], "-1 must be at least 0"),
         (["--data", "nowhere"], "no data named 'nowhere': prepared are "),
-        (["--minutes", "0"], "--minutes 0.0 must be above 0"),
-        (["--steps", "-1"], "--steps -1 must be above 0"),
-        (["--steps", "5", "--minutes", "5"], "--minutes and --steps exclude each other"),
-        (["--device", "tpu9"], "--device tpu9 must be cpu, cuda or mps"),
+        (["--minutes", "0"], "argument --minutes: 0 must be positive"),
+        (["--steps", "-1"], "argument --steps: -1 must be positive"),
+        (["--steps", "5", "--minutes", "5"], "argument --minutes: not allowed with argument --steps"),
+        (["--device", "tpu9"], "argument --device: invalid choice: 'tpu9'"),
         (["--device", "mps"], "there is no device 'mps' here"),
-        (["--dropout", "1"], "--dropout 1.0 must be at least 0 and below 1"),
+        (["--dropout", "1"], "argument --dropout: 1 must be at least 0 and below 1"),
         (["--data", "test-train", "--steps", "1", "--block-size", "100000"], "too few for blocks of 100000"),
     ],
 )
 def test_a_mistake_is_named(prepared, arguments, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((ValueError, argparse.ArgumentError)) as error:
         run_here(*arguments)
     assert message in str(error.value)
 
@@ -476,8 +693,14 @@ def test_a_mistake_ends_in_one_line_and_status_2(prepared):
     assert "/proc/nowhere" in result.stderr
 
 
-# --- several processes ---
+@pytest.mark.parametrize("arguments", [["--out", "/proc/nowhere"], ["--lr", "-1"], ["--lr", "x"]])
+def test_a_mistake_is_one_line_on_stderr(prepared, arguments):
+    result = run_script("train.py", "--data", "test-train", "--steps", "1", *arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
+
+# --- several processes ---
 
 SHARED = ("--steps", 20, "--eval-every", 4, "--batch-size", 4, "--dtype", "float32", "--lr", 0.005)
 
@@ -490,24 +713,21 @@ def alone(prepared, tmp_path_factory):
 
 
 def assert_close_logs(out, other):
-    """Sums are taken in another order, and Muon works in bfloat16, where that may turn a bit of 2 ** -8."""
+    """But for rounding: sums are taken in another order."""
     for row, expected in zip(read_log(out), read_log(other), strict=True):
-        assert (row["step"], row["tokens"], row["lr"]) == (
-            expected["step"],
-            expected["tokens"],
-            expected["lr"],
-        )
-        assert float(row["train_loss"]) == pytest.approx(float(expected["train_loss"]), abs=0.02)
-        assert float(row["val_bpb"] or 0) == pytest.approx(float(expected["val_bpb"] or 0), abs=0.02)
-        assert float(row["grad_norm"]) == pytest.approx(float(expected["grad_norm"]), rel=0.3)  # not twice
+        for name in ("step", "tokens", "lr"):
+            assert row[name] == expected[name]
+        assert float(row["train_loss"]) == pytest.approx(float(expected["train_loss"]), abs=0.005)
+        assert float(row["val_bpb"] or 0) == pytest.approx(float(expected["val_bpb"] or 0), abs=0.005)
+        assert float(row["grad_norm"]) == pytest.approx(float(expected["grad_norm"]), rel=0.1)
 
 
 def test_two_processes_learn_what_one_learns_and_one_can_go_on(prepared, alone, tmp_path):
     process = start("--data", prepared, *SHARED, "--out", tmp_path / "out", processes=2)
-    wait_for(tmp_path / "out/checkpoints/step_000004", process)
+    wait_for(tmp_path / "out/train_state.pt", process)
     process.send_signal(signal.SIGINT)  # torchrun passes it on
     assert "to go on: python train.py --resume" in process.communicate(timeout=60)[0]
-    prepare.shutil.copytree(tmp_path / "out", tmp_path / "again")
+    shutil.copytree(tmp_path / "out", tmp_path / "again")
     assert "it began on 2 x cpu, now 1 x cpu" in run_here("--resume", "--out", tmp_path / "out")
     assert_close_logs(tmp_path / "out", alone)
     result = run_process("--resume", "--out", tmp_path / "again", processes=2)
@@ -519,9 +739,19 @@ def test_two_processes_learn_what_one_learns_and_one_can_go_on(prepared, alone, 
 
 def test_two_processes_can_go_on_with_the_run_of_one(prepared, alone, tmp_path):
     out = tmp_path / "out"
-    prepare.shutil.copytree(alone, out)
-    for path in (out / "checkpoints").glob("step_000020"):
-        prepare.shutil.rmtree(path)
+    with pytest.MonkeyPatch.context() as patch:
+        saved = []
+
+        def stop_after_the_second_save(*args):
+            stage_save(*args)
+            saved.append(args)
+            if len(saved) == 2:
+                raise KeyboardInterrupt
+
+        stage_save = stage.save_state
+        patch.setattr(stage, "save_state", stop_after_the_second_save)
+        with pytest.raises(KeyboardInterrupt):
+            run_here("--data", prepared, *SHARED, "--out", out)
     result = run_process("--resume", "--out", out, processes=2)
     assert result.returncode == 0, result.stderr
     assert_close_logs(out, alone)
@@ -529,8 +759,9 @@ def test_two_processes_can_go_on_with_the_run_of_one(prepared, alone, tmp_path):
 
 def test_a_killed_process_ends_the_others_with_a_message(prepared, tmp_path):
     out = tmp_path / "out"
-    process = start("--data", prepared, "--steps", 10000, "--batch-size", 4, "--out", out, processes=2)
-    wait_for(out / "checkpoints/step_000000", process)
+    arguments = ("--data", prepared, "--steps", 10000, "--batch-size", 4, "--save-every", 1, "--out", out)
+    process = start(*arguments, processes=2)
+    wait_for(out / "train_state.pt", process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)

@@ -25,6 +25,9 @@ people, by the people, for the people, shall not perish from the earth.
 """
 CHARACTERS = sorted(set(SPEECH))
 
+LLAMA_2_7B = dict(vocab_size=32_000, n_embd=4096, n_layer=32, n_head=32, n_kv_head=32, n_hidden=11_008)
+LLAMA_3_8B = dict(vocab_size=128_256, n_embd=4096, n_layer=32, n_head=32, n_kv_head=8, n_hidden=14_336)
+
 
 def to_ids(text):
     """One id per character, (T,)."""

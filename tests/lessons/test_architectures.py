@@ -71,10 +71,10 @@ def test_bert_hides_fifteen_percent_of_the_tokens_in_three_ways():
     Source: Devlin et al. (2019), sec. 3.1 and app. C.2; Wettig et al. (2023, arXiv 2202.08005)
     """
     n, mask = 200_000, 1000  # [MASK] is the id behind 1,000 others
-    ids, dice = torch.randint(1000, (n,)), torch.rand(n)
+    ids, u = torch.randint(1000, (n,)), torch.rand(n)
     is_target = torch.rand(n) < 0.15
-    shown = ids.masked_fill(is_target & (dice < 0.8), mask)
-    other = is_target & (dice >= 0.8) & (dice < 0.9)
+    shown = ids.masked_fill(is_target & (u < 0.8), mask)
+    other = is_target & (u >= 0.8) & (u < 0.9)
     shown[other] = torch.randint(1000, (int(other.sum()),))
     targets = ids.where(is_target, torch.tensor(-100))
     shares = {

@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora import LoRALinear, add_lora, merge, num_lora_params
-from model import KVCache, Transformer
-from preference import dpo_loss
+from finetune import LoRALinear, PreferenceLoss, add_lora, log_probs, merge
+from model import Config, KVCache, Transformer
 
-from .book import drawn_model, forward, largest, places, table, tiny_config, train
+from .book import LLAMA_2_7B, LLAMA_3_8B, drawn_model, forward, largest, places, table, tiny_config, train
 
 
 def test_lora_starts_as_the_base_model_and_merges_exactly():
@@ -22,7 +21,7 @@ def test_lora_starts_as_the_base_model_and_merges_exactly():
     base, and r (in + out) weights per matrix learn. Then B A is added to W, and nothing is left to pay.
 
     Often told: LoRA adds layers that slow down inference.
-    Code: lora.py LoRALinear
+    Code: finetune.py LoRALinear
     Source: Hu et al. (2021, arXiv 2106.09685), sec. 4.1
     """
     base, ids = drawn_model(), torch.randint(64, (2, 10))
@@ -40,10 +39,38 @@ def test_lora_starts_as_the_base_model_and_merges_exactly():
         ("... and merged", largest(learned - merged(ids))),
     ]
     table("LoRA | difference, from the base and then from what was learned", *rows)
-    n = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"    {n:,} of {model.config.num_params():,} parameters learn")
     assert rows[0][1] == 0 and rows[1][1] > 0.1 and rows[2][1] < 1e-4
-    assert n == num_lora_params(model.config, rank=4)
+
+
+def test_the_number_of_parameters_of_lora_follows_from_the_config():
+    """How many parameters does LoRA train?
+
+    r (in + out) for each matrix that it updates, in each layer: with all seven matrices of a block L r (2 (C
+    + H D) + 2 (C + K D) + 3 (C + F)), F being the width of the MLP. With r = 8 that is 0.3 % of Llama 2 7B;
+    with the matrices of q and v alone, as in the paper, 0.06 %.
+
+    Code: finetune.py add_lora
+    Source: Hu et al. (2021), sec. 4.2; the counts that PEFT prints for these settings
+    """
+
+    def num_lora_params(config, rank):
+        C, Q, KV = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        return config.n_layer * rank * (2 * (C + Q) + 2 * (C + KV) + 3 * (C + config.n_hidden))
+
+    rows = []
+    for name, shape in (("Llama 2 7B", LLAMA_2_7B), ("Llama 3 8B", LLAMA_3_8B)):
+        config = Config(**shape, tie_embeddings=False)
+        with torch.device("meta"):  # shapes without memory
+            model = add_lora(Transformer(config), rank=8, alpha=16)
+        sizes = {place: p.numel() for place, p in model.named_parameters() if p.requires_grad}
+        n, q_and_v = sum(sizes.values()), 0
+        for place, size in sizes.items():
+            if "q_proj" in place or "v_proj" in place:
+                q_and_v += size
+        rows.append((name, num_lora_params(config, rank=8), n, n / config.num_params(), q_and_v))
+    table("model | LoRA, r = 8, by the formula | by counting | share | q and v alone", *rows)
+    assert all(row[1] == row[2] for row in rows)
+    assert rows[0][2] == 19_988_480 and rows[0][4] == 4_194_304
 
 
 def test_lora_saves_gradients_and_moments_but_not_the_forward_pass():
@@ -54,7 +81,7 @@ def test_lora_saves_gradients_and_moments_but_not_the_forward_pass():
     little, and activations must still be kept.
 
     Often told: LoRA is fast because few parameters are computed.
-    Code: machine.py training_memory
+    Code: finetune.py add_lora
     Source: Hu et al. (2021), sec. 4.2, report 25 % more speed for GPT-3
     """
 
@@ -86,7 +113,7 @@ def test_nf4_fits_normal_weights_better_than_even_levels():
     per weight to 4.127. It saves memory, not time.
 
     Often told: QLoRA trains in 4 bits, and is faster.
-    Code: lora.py LoRALinear
+    Code: finetune.py LoRALinear
     Source: Dettmers et al. (2023, arXiv 2305.14314), sec. 3 and app. E, for the levels
     """
     nf4 = [-1, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0]
@@ -114,7 +141,7 @@ def test_adalora_gives_ranks_to_the_matrices_that_need_them():
     (weight times gradient, averaged) are set to zero, so that a budget of ranks goes to the matrices that
     need it. With orthonormal P and Q, to drop l_i costs exactly |l_i|; here that is the importance.
 
-    Code: lora.py add_lora
+    Code: finetune.py add_lora
     Source: Zhang et al. (2023, arXiv 2303.10512), sec. 3
     """
     P, Q = torch.linalg.qr(torch.randn(32, 6)).Q, torch.linalg.qr(torch.randn(24, 6)).Q.T
@@ -170,7 +197,7 @@ def test_adapters_begin_as_the_identity_and_cannot_be_merged():
     What lies between, f, is not linear, so that they can't be merged as LoRA can, and cost time for good.
     AdapterDrop removes those of low layers, AdapterFusion mixes several.
 
-    Code: lora.py merge
+    Code: finetune.py merge
     Source: Houlsby et al. (2019, arXiv 1902.00751), sec. 2; Pfeiffer et al. (2021, arXiv 2005.00247); Rücklé
     et al. (2021, arXiv 2010.11918)
     """
@@ -209,11 +236,11 @@ def test_sft_learns_the_next_token_of_answers_only():
     targets[:, : n_prompt - 1] = -100
     streams = []
 
-    def keep(module, inputs, x):
+    def record(module, inputs, x):
         x.retain_grad()
         streams.append(x)
 
-    model.model.norm.register_forward_hook(keep)
+    model.model.norm.register_forward_hook(record)
     loss = model.loss(ids[:, :-1], targets)
     loss.backward()
     learning = places(streams[0].grad[0].abs().sum(-1) > 0)
@@ -230,7 +257,7 @@ def test_one_pass_trains_every_turn_of_a_conversation():
     one sample for each answer with all before it, for far fewer tokens: with k equal turns about 2/(k + 1).
 
     Often told: split it into k samples, or train on the last turn.
-    Code: data/examples.py fit
+    Code: data/examples.py encode_conversation
     Source: it follows from the causal mask
     """
     model, turns = drawn_model(), [torch.randint(64, (n,)) for n in (4, 5, 3, 6, 4, 5)]  # the user begins
@@ -255,7 +282,7 @@ def test_fine_tuning_forgets_and_replay_prevents_most_of_it():
     Nothing in the new loss holds the old behaviour in place. A share of old data in each batch (replay) keeps
     most of it, at little cost to the new.
 
-    Code: data/examples.py n_replayed
+    Code: finetune.py Batches
     Source: McCloskey & Cohen (1989); Ibrahim et al. (2024, arXiv 2403.08763)
     """
     old, new = (torch.randn(2, 12, 12) * 2.5).softmax(-1)  # two languages: p(next | token)
@@ -303,25 +330,26 @@ def test_dpo_starts_at_ln_2_and_learns_most_from_pairs_in_the_wrong_order():
 
     Often told: it makes the chosen answer likelier. It raises its odds against the other; both may become
     less likely (Pang et al., 2024, arXiv 2404.19733).
-    Code: preference.py dpo_loss
+    Code: finetune.py PreferenceLoss
     Source: Rafailov et al. (2023, arXiv 2305.18290), sec. 4, eq. 7
     """
     model, beta = drawn_model(), 0.5
     ids = torch.randint(64, (3, 2, 8))  # three pairs, chosen and rejected
     targets = ids.roll(-1, dims=2)
     targets[:, :, :3] = targets[:, :, -1] = -100
-    zero = torch.zeros(3, 2)
-    log_p = dpo_loss(model, ids, targets, zero, beta, likelihood=0)[1][:, 3:].detach()
-    moved = torch.tensor([[0.0, 0.0], [4.0, 0.0], [-4.0, 0.0]])  # what p/p0 of the pairs has become
-    reference = (log_p - moved).requires_grad_()
-    loss, measured = dpo_loss(model, ids, targets, reference, beta, likelihood=0)
+    with torch.no_grad():
+        log_p = log_probs(model, ids.flatten(0, 1), targets.flatten(0, 1)).view(3, 2)
+    moved = torch.tensor([[0.0, 0.0], [3.0, -1.0], [-3.0, 1.0]])  # what ln p/p0 of the answers has become
+    references = (log_p - moved).requires_grad_()
+    loss, measured = PreferenceLoss(model, beta, likelihood=0)(ids, targets, references)
     # the margin falls as the reference rises: the gradient has the size of that in ln p
     loss.backward()
-    rows = [(pair[1], pair[0], abs(slope)) for pair, slope in zip(measured, reference.grad[:, 0])]
+    rows = [(pair[1], pair[0], abs(slope)) for pair, slope in zip(measured, references.grad[:, 0])]
     table("margin | loss | size of the gradient in ln p(chosen)", *rows)
     assert abs(measured[0, 0] - math.log(2)) < 1e-4
+    assert torch.allclose(measured[:, 1], beta * (moved[:, 0] - moved[:, 1]), atol=1e-4)
     wanted = beta * torch.sigmoid(-measured[:, 1])
-    assert torch.allclose(reference.grad[:, 0].abs(), wanted, atol=1e-4)
+    assert torch.allclose(references.grad[:, 0].abs(), wanted, atol=1e-4)
     assert rows[1][2] < rows[0][2] < rows[2][2]
 
 
@@ -333,7 +361,7 @@ def test_a_reward_model_learns_differences_only():
     another size than the policy, as in InstructGPT (6 and 175 billion parameters).
 
     Often told: it must be the policy's base model.
-    Code: preference.py dpo_loss
+    Code: finetune.py PreferenceLoss
     Source: Ouyang et al. (2022, arXiv 2203.02155), sec. 3.5, eq. 1
     """
     model, output = Transformer(tiny_config(vocab_size=16, n_layer=1, n_embd=32, n_head=2)), nn.Linear(32, 1)
@@ -371,7 +399,7 @@ def test_the_clip_of_ppo_stops_the_gradient_outside_the_trusted_region():
     favours, there is no gradient. Four models are held: the policy, which writes, and the critic, which says
     what to expect, both learn; the reward model and the reference, the policy as it began, do not.
 
-    Code: preference.py cache_references
+    Code: finetune.py set_references
     Source: Schulman et al. (2017, arXiv 1707.06347), eq. 7; Ouyang et al. (2022), sec. 3.5
     """
     rows = []

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.loader import IGNORED
-from loop import next_token_loss, sum_losses
+from finetune import averages
 from model import apply_rope, rope
 
 from .book import CHARACTERS, SPEECH, causal, drawn_model, largest, table, to_ids
@@ -136,20 +136,22 @@ def test_losses_of_channels_are_summed_before_they_are_divided():
     divided at the end.
 
     Often told: average the means of the workers. That is wrong if their tokens differ in number.
-    Code: loop.py sum_losses
+    Code: finetune.py averages
     Source: it is the definition of a mean
     """
     model, ids = drawn_model(), torch.randint(64, (4, 9))
     targets, channels = ids[:, 1:].clone(), torch.tensor([0, 0, 1, 1])
     targets[0, 2:] = IGNORED  # row 0 has two targets, the others eight
+    _, nats = model.loss(ids[:, :-1], targets, reduction="rows")
     counts = (targets != IGNORED).sum(1)
-    sums = sum_losses(model, next_token_loss, [(ids[:, :-1], targets, counts, channels)], n_channels=2)
-    rows = [(i, int(n), nats / n) for i, (n, nats) in enumerate(sums)]
-    table(
-        "channel | targets | loss", *rows, ("all", int(sums[:, 0].sum()), sums[:, 1].sum() / sums[:, 0].sum())
-    )
-    right = model.loss(ids[:2, :-1], targets[:2]).item()
-    of_rows = [model.loss(ids[i : i + 1, :-1], targets[i : i + 1]).item() for i in (0, 1)]
-    print(f"    channel 0, had its rows been on two workers: mean of means {sum(of_rows) / 2:.4f}")
-    assert abs(sums[0, 1] / sums[0, 0] - right) < 1e-4
-    assert abs(sum(of_rows) / 2 - right) > 1e-3
+    sums = torch.zeros(2, 2).index_add(0, channels, torch.stack((counts, nats), 1))
+    losses = averages("val", ("loss",), ("short", "long"), sums)
+    rows = [(name, int(n), losses[f"val_loss {name}"]) for name, (n, _) in zip(("short", "long"), sums)]
+    table("channel | targets | loss", *rows, ("all", int(counts.sum()), losses["val_loss"]))
+    of_channel = model.loss(ids[:2, :-1], targets[:2]).item()
+    of_all = model.loss(ids[:, :-1], targets).item()
+    mean_of_means = (nats / counts)[:2].mean().item()
+    print(f"    the first channel, had its rows been on two workers: mean of means {mean_of_means:.4f}")
+    assert abs(losses["val_loss short"] - of_channel) < 1e-4
+    assert abs(losses["val_loss"] - of_all) < 1e-4
+    assert abs(mean_of_means - of_channel) > 1e-3

@@ -109,7 +109,7 @@ def test_generation_in_batches_must_read_the_last_real_token():
     row, as here, lets the new tokens overwrite the padding.
 
     Often told: there is no mask when generating, so that the output is undefined.
-    Code: decoding.py draw_tokens
+    Code: sample.py prefill
     Source: none; it is measured here
     """
     model, short, long = drawn_model(), torch.randint(1, 64, (1, 4)), torch.randint(1, 64, (1, 7))

@@ -1,22 +1,60 @@
 """Memory: parameters, what training adds, caches, and what a machine can read in a second."""
 
+import copy
 import math
+from functools import partial
 
+import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from decoding import generate
-from model import Config, KVCache, Transformer
+from model import PRESETS, Config, KVCache, Transformer
+from sample import generate
+from train import make_optimizers
 
-from .book import causal, drawn_model, largest, moved_by, places, table
+from .book import LLAMA_2_7B, LLAMA_3_8B, causal, drawn_model, largest, moved_by, places, table
 
-LLAMA_2_7B = dict(vocab_size=32_000, n_embd=4096, n_layer=32, n_head=32, n_kv_head=32, n_hidden=11_008)
-LLAMA_3_8B = LLAMA_2_7B | dict(vocab_size=128_256, n_kv_head=8, n_hidden=14_336)
 TINYLLAMA = dict(vocab_size=32_000, n_embd=2048, n_layer=22, n_head=32, n_kv_head=4, n_hidden=5632)
 QWEN_2 = dict(
     vocab_size=151_936, n_embd=896, n_layer=24, n_head=14, n_kv_head=2, n_hidden=4864, qkv_bias=True
 )
+
+
+def saved_for_backward(model, ids):
+    """Bytes that autograd saves in a forward pass for the backward pass, besides the model's weights."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {}
+
+    def record(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage  # which several tensors may share
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        model.hidden(ids)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def training_memory(config, tokens, width=4):
+    """{what: bytes} that train.py needs, with `tokens` in a micro-batch.
+
+    width: bytes of a number that goes into a matrix product: 4, or 2 in bfloat16.
+    """
+    C, F, L = config.n_embd, config.n_hidden, config.n_layer
+    Q, KV = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    n, matrices = config.num_params(), L * (2 * C * (Q + KV) + 3 * C * F)
+    norms = 4 * (2 * C + 2 * C)  # of two norms: what enters, and the same normalised, before the gain
+    attention = 4 * (2 * Q + 2 * KV)  # q, k, v and the result
+    products = width * (2 * C + Q + 4 * F)  # what enters the matrices and the gate
+    activations = L * tokens * (norms + attention + products)
+    if width == 2:  # autocast copies every matrix, and what q, k, v, gate and up read for each of them
+        activations += 2 * (3 * C * L * tokens + matrices)
+    moments = 4 * matrices + 8 * (n - matrices)  # Muon keeps one for each weight, AdamW two
+    return {"weights": 4 * n, "gradients": 4 * n, "moments": moments, "activations": activations}
 
 
 def test_the_number_of_parameters_follows_from_the_config():
@@ -54,7 +92,7 @@ def test_full_fine_tuning_needs_sixteen_bytes_per_parameter():
     Activations come on top.
 
     Often told: four times the model. Four times its size in float32, eight times its size in 16 bits.
-    Code: machine.py training_memory
+    Code: train.py make_optimizers
     Source: Rajbhandari et al. (2020, arXiv 1910.02054), sec. 3.1
     """
     model, ids = drawn_model(), torch.randint(64, (2, 9))
@@ -72,6 +110,115 @@ def test_full_fine_tuning_needs_sixteen_bytes_per_parameter():
     n = Config(**LLAMA_2_7B, tie_embeddings=False).num_params()
     print(f"    Llama 2 7B: {16 * n / 1e9:.0f} GB to train it, {2 * n / 1e9:.1f} GB to run it in 16 bits")
     assert row == [4, 4, 8]
+
+
+def test_activations_follow_from_the_config_and_the_number_of_tokens():
+    """What else does training keep in memory, and how much of it?
+
+    The tensors saved for the backward pass, called activations: what enters each norm and each matrix, and q,
+    k and v. In float32 these are 24 C + 12 H D + 8 K D + 16 F bytes for each token and layer, F being the
+    width of the MLP. They grow with the batch, and soon they are most of the memory. Products in 16 bits
+    shrink them by less than half: norms and attention stay in float32, and casts leave copies. (T x T weights
+    of attention and T x V scores of the vocabulary would come on top; attention in tiles and a loss in pieces
+    avoid them.)
+
+    Often told: memory is a multiple of the parameters.
+    Code: train.py fit_micro_batch
+    Source: Korthikanti et al. (2022, arXiv 2205.05198), sec. 4, count them for GPT-2's block
+    """
+    model = drawn_model(n_layer=4)
+    ids, optimizers = torch.randint(64, (4, 33)), make_optimizers(model, 0.01, 0.1, torch.float32)
+    activations = saved_for_backward(model, ids[:, :-1])
+    with torch.autocast("cpu", torch.bfloat16):
+        in_16_bits = saved_for_backward(model, ids[:, :-1])
+    model.loss(ids[:, :-1], ids[:, 1:]).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    measured = {
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(p.grad.nbytes for p in model.parameters()),
+        "moments": sum(x.nbytes for state in states for x in state.values() if x.ndim),
+        "activations": activations,
+    }
+    formula = training_memory(model.config, tokens=128)
+    formula["activations in 16 bits"] = training_memory(model.config, tokens=128, width=2)["activations"]
+    measured["activations in 16 bits"] = in_16_bits
+    table("bytes of a tiny model and 128 tokens | by the formula | measured",
+          *((name, formula[name], measured[name]) for name in measured))  # fmt: skip
+    small = training_memory(Config(50_304, 1024, **PRESETS["small"]), tokens=8 * 1024)
+    table("preset small, 8 blocks of 1,024 tokens | GB", *((name, n / 1e9) for name, n in small.items()))
+    for name in ("weights", "gradients", "moments"):
+        assert formula[name] == measured[name]
+    for name in ("activations", "activations in 16 bits"):
+        assert formula[name] == pytest.approx(measured[name], rel=0.1)
+    assert small["activations"] > 5 * small["weights"]
+
+
+def test_sharding_divides_what_every_process_would_hold_alike():
+    """What are ZeRO and FSDP?
+
+    N processes that train copies of one model all hold the same weights, gradients and moments. ZeRO 1 shards
+    the moments: each process updates its share of the weights and sends it to the others. ZeRO 2 shards the
+    gradients, too. ZeRO 3, which is FSDP, also shards the weights, and gathers those of a layer when it is
+    computed. Of 16 bytes per parameter 8 + 8/N, 4 + 12/N and 16/N are left (here in float32; the paper has 16
+    bits). The result is the same, since AdamW looks at each weight by itself; Muon needs whole matrices. ZeRO
+    1 and 2 send as much as plain data parallelism, ZeRO 3 half as much again. Activations are not sharded.
+
+    Often told: it splits the computation of a layer. That is tensor parallelism.
+    Code: train.py parallel
+    Source: Rajbhandari et al. (2020, arXiv 1910.02054), sec. 5 and 7
+    """
+    N, steps, texts = 4, 3, torch.randint(64, (3, 4, 2, 17))  # a step has 2 texts for each of 4 processes
+
+    def mean_gradient(model, step):
+        """The mean over all processes, as one vector."""
+        gradients = []
+        for ids in texts[step]:
+            loss = model.loss(ids[:, :-1], ids[:, 1:])
+            of_process = torch.autograd.grad(loss, list(model.parameters()))
+            gradients.append(parameters_to_vector(of_process))
+        return torch.stack(gradients).mean(0)
+
+    def adamw(weights):
+        return torch.optim.AdamW([weights], lr=0.01, weight_decay=0.1)
+
+    model = drawn_model()
+    whole = parameters_to_vector(model.parameters()).detach()
+    shards = [shard.clone() for shard in whole.chunk(N)]
+
+    one = adamw(whole)
+    for step in range(steps):
+        vector_to_parameters(whole.clone(), model.parameters())
+        whole.grad = mean_gradient(model, step)
+        one.step()
+
+    each = [adamw(shard) for shard in shards]
+    for step in range(steps):
+        vector_to_parameters(torch.cat(shards), model.parameters())  # all-gather
+        gradients = mean_gradient(model, step).chunk(N)  # reduce-scatter: a process gets that of its shard
+        for shard, gradient, optimizer in zip(shards, gradients, each):
+            shard.grad = gradient
+            optimizer.step()
+
+    def per_parameter(weights, optimizer):
+        moments = sum(x.nbytes for x in optimizer.state[weights].values() if x.ndim)
+        return torch.tensor([weights.nbytes, weights.grad.nbytes, moments]) / len(whole)
+
+    (w, g, m), (w_shard, g_shard, m_shard) = per_parameter(whole, one), per_parameter(shards[0], each[0])
+    stages = {
+        "0, which is DDP": (w, g, m),
+        "1": (w, g, m_shard),
+        "2": (w, g_shard, m_shard),
+        "3, which is FSDP": (w_shard, g_shard, m_shard),
+    }
+    rows = [(name, *sizes, sum(sizes)) for name, sizes in stages.items()]
+    table(f"ZeRO, {N} processes | bytes per parameter: weights | gradients | moments | sum", *rows)
+    error = largest(torch.cat(shards) - whole)
+    print(f"    largest difference of the weights after {steps} steps: {error:.0e}")
+    assert error < 1e-6
+    wanted = [16, 8 + 8 / N, 4 + 12 / N, 16 / N]
+    assert [row[-1].item() for row in rows] == pytest.approx(wanted, rel=1e-3)
 
 
 def test_the_bytes_of_a_kv_cache_follow_from_the_config():
@@ -130,7 +277,7 @@ def test_fewer_bytes_help_because_decoding_waits_for_memory():
     decides. (This is computed, not timed; `python tests/bench.py sample` times it.)
 
     Often told: int8 is faster than float16.
-    Code: decoding.py PackedLinear
+    Code: sample.py PackedLinear
     Source: Pope et al. (2022), sec. 2; Williams et al. (2009) on the roofline; Dettmers et al. (2022, arXiv
     2208.07339) on the speed of LLM.int8
     """
@@ -150,33 +297,42 @@ def test_micro_batches_and_recomputing_cut_activations_but_not_weights():
     """Training runs out of memory. What helps, and what does it cost?
 
     Activations grow with micro-batch, length and depth. Half the micro-batch and twice the accumulation gives
-    the same gradient for the same arithmetic; recomputing blocks in the backward pass costs a third more.
-    Weights, gradients and moments don't depend on the batch.
+    the same gradient for the same arithmetic. Gradient checkpointing keeps only what enters a block and runs
+    the block again in the backward pass: up to a third more arithmetic. Weights, gradients and moments don't
+    depend on the batch.
 
     Often told: make the batch smaller. That is another optimisation; accumulation is not.
-    Code: model.py Transformer.hidden
+    Code: train.py fit_micro_batch
     Source: Chen et al. (2016, arXiv 1604.06174)
     """
 
-    def kept(B, recompute=False):
-        """Bytes that autograd keeps for the backward pass, besides the weights."""
-        model = drawn_model(n_layer=4, recompute=recompute)
-        own, storages = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    model, ids = drawn_model(n_layer=4), torch.randint(64, (8, 32))
+    recomputing = copy.deepcopy(model)
+    for block in recomputing.model.layers:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
-        def keep(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                storages[storage.data_ptr()] = storage
-            return tensor
+    def measure(model, B):
+        """Bytes saved for the backward pass of B texts; FLOPs and the gradient of the embedding for all 8."""
+        saved = saved_for_backward(model, ids[:B])
+        with FlopCounterMode(display=False) as counter:
+            for micro_batch in ids.split(B):
+                model.hidden(micro_batch).sum().backward()
+        weight = model.model.embed_tokens.weight
+        gradient, weight.grad = weight.grad, None
+        return saved, counter.get_total_flops(), gradient
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model.hidden(torch.randint(64, (B, 32)))
-        return sum(storage.nbytes() for storage in storages.values())
-
-    rows = [("8", kept(8)), ("4", kept(4)), ("8, recomputed", kept(8, recompute=True))]
-    table("micro-batch | bytes kept for the backward pass", *rows)
-    assert 1.8 < rows[0][1] / rows[1][1] < 2.1
-    assert rows[0][1] / rows[2][1] > 5
+    ways = {
+        "8": measure(model, 8),
+        "4, twice": measure(model, 4),
+        "8, blocks recomputed": measure(recomputing, 8),
+    }
+    whole, halves, recomputed = ways.values()
+    rows = [(way, *found[:2], largest(found[2] - whole[2])) for way, found in ways.items()]
+    heads = "micro-batch | bytes saved for backward | FLOPs of the weight matrices | gradient differs by"
+    table(heads, *rows)
+    assert 1.8 < whole[0] / halves[0] < 2.1 and halves[1] == whole[1]
+    assert whole[0] / recomputed[0] > 5 and 1.2 < recomputed[1] / whole[1] < 1.34
+    assert max(row[3] for row in rows) < 1e-4 * largest(whole[2])
 
 
 def test_paged_attention_is_a_way_to_allocate():
@@ -241,7 +397,7 @@ def test_several_samples_of_one_prompt_share_its_reading():
     each sample, so that only what is new is paid for four times. Serving programs share them between requests
     that begin alike.
 
-    Code: decoding.py repeat
+    Code: sample.py repeat_rows
     Source: Kwon et al. (2023, arXiv 2309.06180), sec. 4.4
     """
     model, prompt, rows = drawn_model(), torch.randint(64, (200,)).tolist(), []

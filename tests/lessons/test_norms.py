@@ -128,7 +128,7 @@ def test_the_gradient_of_the_last_layer_ignores_depth_in_post_norm_and_not_in_pr
     every change of the weights.
 
     Often told: it holds for all layers. The theorem is about the last one.
-    Code: optimizer.py learning_rate
+    Code: train.py learning_rate
     Source: Xiong et al. (2020), theorem 1; Liu et al. (2020, arXiv 2004.08249)
     """
     d = 64
@@ -182,7 +182,7 @@ def test_deepnorm_makes_the_first_update_independent_of_depth():
     first update moves the output as far at any depth.
 
     Often told: it adds norms, or keeps running means.
-    Code: optimizer.py make_optimizers
+    Code: train.py make_optimizers
     Source: Wang et al. (2022, arXiv 2203.00555), fig. 2
     """
     C = 64

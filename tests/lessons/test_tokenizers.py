@@ -226,10 +226,10 @@ def test_word2vec_puts_words_with_the_same_neighbours_together():
     Code: model.py Transformer.hidden
     Source: Mikolov et al. (2013, arXiv 1301.3781)
     """
-    dice, animals, foods = random.Random(0), ["cat", "dog", "cow"], ["pie", "jam", "nut"]
+    rng, animals, foods = random.Random(0), ["cat", "dog", "cow"], ["pie", "jam", "nut"]
     text = []
     for _ in range(300):
-        text += dice.choice((["the", dice.choice(animals), "runs"], ["eat", dice.choice(foods), "now"]))
+        text += rng.choice((["the", rng.choice(animals), "runs"], ["eat", rng.choice(foods), "now"]))
     vocabulary = sorted(set(text))
     ids = torch.tensor([vocabulary.index(word) for word in text])
     words, neighbours = torch.cat((ids[1:], ids[:-1])), torch.cat((ids[:-1], ids[1:]))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import Transformer
-from optimizer import orthogonalize
+from train import orthogonalize
 
 from .book import drawn_model, largest, table, tiny_config, train
 
@@ -44,7 +44,7 @@ def test_the_first_steps_of_adam_ignore_the_size_of_the_gradient():
     estimate is good.
 
     Often told: it avoids over-fitting to the first batches, or lets the model see each sample a few times.
-    Code: optimizer.py learning_rate
+    Code: train.py learning_rate
     Source: Kingma & Ba (2015, arXiv 1412.6980), algorithm 1; Liu et al. (2020, arXiv 1908.03265)
     """
     gradients = torch.tensor([1e-6, -1e-2, 1.0, 1e3])
@@ -72,7 +72,7 @@ def test_gradient_noise_falls_with_one_over_the_batch():
     10^7 tokens a step.
 
     Often told: 16 to 128, as larger ones converge badly.
-    Code: train.py settings
+    Code: train.py choose_settings
     Source: McCandlish et al. (2018, arXiv 1812.06162), sec. 2.2
     """
     x = torch.randn(20_000, 8)
@@ -97,7 +97,7 @@ def test_n_small_steps_of_sgd_are_one_large_step_of_n_times_the_rate():
     linear scaling. Adam normalises the gradient, and the usual rule for it is the square root. Both fail
     above the critical batch. (train.py keeps to one rate, for Muon.)
 
-    Code: train.py settings
+    Code: train.py choose_settings
     Source: Goyal et al. (2017, arXiv 1706.02677), sec. 2.1; Malladi et al. (2022, arXiv 2205.10287) for Adam
     """
     x = torch.randn(64, 8)
@@ -125,7 +125,7 @@ def test_micro_batches_must_be_weighted_by_their_tokens():
     micro-batches' means gives too much weight to those with few targets: long prompts, padding.
 
     Often told: loss / accumulation_steps. Large libraries had it wrong until 2024.
-    Code: loop.py training_step
+    Code: train.py training_step
     Source: Hugging Face (2024), "Fixing gradient accumulation"
     """
     model, ids = drawn_model(), torch.randint(64, (4, 13))
@@ -234,7 +234,7 @@ def test_products_may_have_sixteen_bits_and_weights_need_thirty_two():
     so that weights kept in it miss small updates.
 
     Often told: it uses float16 and int8.
-    Code: machine.py precision
+    Code: train.py autocast
     Source: Micikevicius et al. (2018, arXiv 1710.03740); Kalamkar et al. (2019, arXiv 1905.12322)
     """
     rows = []
@@ -260,7 +260,7 @@ def test_muon_gives_every_direction_of_a_gradient_the_same_size():
     V^T: all directions get nearly the same size, small ones too. Its author suspects that this helps rare
     directions to be learned. Adam looks at each weight by itself.
 
-    Code: optimizer.py orthogonalize
+    Code: train.py orthogonalize
     Source: Jordan et al. (2024), "Muon: an optimizer for hidden layers in neural networks"
     """
     left, right = torch.linalg.qr(torch.randn(2, 64, 64)).Q
@@ -268,7 +268,7 @@ def test_muon_gives_every_direction_of_a_gradient_the_same_size():
     updates = {
         "the gradient": gradient,
         "Adam's first update": gradient.sign(),
-        "Muon's": orthogonalize(gradient[None])[0].float(),
+        "Muon's": orthogonalize(gradient[None], torch.float32)[0],
     }
     rows = []
     for name, update in updates.items():
