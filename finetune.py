@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -53,6 +52,7 @@ from train import (
     fit_micro_batch,
     from_first_process,
     learning_rate,
+    leave_processes,
     lock,
     make_folder,
     open_data,
@@ -525,7 +525,7 @@ def show_plan(settings, material, model):
     show("model", f"{os.path.relpath(material.base)}: {n_learning:,} of {n:,} parameters learn")
     show("device", f"{settings.device} with {torch.get_num_threads()} threads; {settings.dtype} products")
     if settings.method == "sft":
-        of = material.data.name if material.data else "nothing, since its text is unknown (--data)"
+        of = material.data.name if material.data else "nothing: no text of the base model (--data)"
         show(
             "replay",
             f"{settings.n_replay / settings.batch_size:.0%} of each batch from {of}, against forgetting",
@@ -604,7 +604,7 @@ def evaluate(objective, measures, material, settings):
     dev, model = material.dev, objective.model
     sums = torch.zeros(len(dev.channels), 1 + len(measures), dtype=torch.float64)
     model.eval()
-    for indices in dev.by_length(dev.batch_size):
+    for indices in dev.by_length(settings.micro_batch * world):
         *batch, channels = arrange(dev.tensors(indices, rank, world), settings)
         with autocast(settings):
             _, rows = objective(*(tensor.to(settings.device) for tensor in batch))
@@ -688,6 +688,12 @@ def tune(settings, material, model, out, fixed, state=None):
         add_sample(out, model, tokenizer, prompt, step)
 
     fit_micro_batch(objective, batches.longest(), settings)
+    pairs = [part for part in (examples, dev) if part and settings.method == "dpo"]
+    for i, part in enumerate(pairs):
+        if state:
+            part.references = state["references"][i]
+        else:
+            set_references(model, part, settings)
     wrapped = parallel(objective)
     ahead = read_ahead(batches.read, step, pin_memory=device == "cuda")
     columns = [f"train_{name}" for name in measures[1:]] + [f"train_loss {name}" for name in channels]
@@ -721,7 +727,6 @@ def tune(settings, material, model, out, fixed, state=None):
                     (tokens - lap_tokens) / (step - pace.lap_step) / pace.end_lap(step)
                 )
                 values.update(step=step, tokens=tokens, lr=rate * settings.lr, grad_norm=norm.item())
-                values["seconds"] = pace.seconds
                 details = shown(values, "train", channels)
                 pace.decide_steps(step)
 
@@ -738,6 +743,7 @@ def tune(settings, material, model, out, fixed, state=None):
                 add_sample(out, model, tokenizer, prompt, step)
 
             if logging:
+                values["seconds"] = pace.read_clock()
                 log.write(values, pace.left(step), keep=evaluating, details=details)
 
             save_asked = settings.save_every and step % settings.save_every == 0
@@ -745,10 +751,10 @@ def tune(settings, material, model, out, fixed, state=None):
                 total = sum_over_processes(sums.cpu())
                 check_finite(total.sum().item() + norm.item(), out)  # or the weights are useless
                 if rank == 0:
-                    found = dict(
-                        step=step, tokens=tokens, seconds=pace.seconds, best=best, sums=total.tolist()
-                    )
-                    save_state(out, fixed | found | {"settings": asdict(settings)}, model, [optimizer])
+                    state = dict(fixed, settings=asdict(settings), step=step, tokens=tokens, best=best)
+                    state.update(seconds=pace.seconds, sums=total.tolist())
+                    state["references"] = [part.references for part in pairs]
+                    save_state(out, state, model, [optimizer])
                     write_model(out, model, settings, material)
                 saved = pace.seconds
             if logging:
@@ -804,11 +810,7 @@ def main():
         show("resumed", f"{place} after step {state['step']:,}")
         if rank == 0:
             held = lock(out)
-        fixed = {
-            name: state[name] for name in ("script", "data", "sources", "identity", "references", "before")
-        }
-        for part, references in zip((material.train, material.dev), fixed["references"]):
-            part.references = references
+        fixed = {name: state[name] for name in ("script", "data", "sources", "identity", "before")}
     else:
         limit_epochs(args, settings, material.train)
         show_plan(settings, material, model)
@@ -817,13 +819,9 @@ def main():
                 raise ValueError(f"{out} holds what is read, {sources[name]}: choose another --out")
         if rank == 0:
             held = make_folder(out)
-        parts = [part for part in (material.train, material.dev) if part]
-        if settings.method == "dpo":
-            for part in parts:
-                set_references(model, part, settings)
         before = {"answers": judge(model, material), "bpb": base_bpb(model, material, settings)}
         fixed = {"script": "finetune.py", "data": sources["data"], "sources": sources, "identity": identity}
-        fixed.update(references=[part.references for part in parts], before=before)
+        fixed["before"] = before
 
     step = tune(settings, material, model, out, fixed, state)
     if step == settings.steps:
@@ -838,9 +836,8 @@ def main():
         print(f"the model is in {place}/\nnext: python sample.py --chat --model {place}")
     else:
         print(f"\nstopped after step {step:,}; to go on: python finetune.py --resume --out {place}")
-    if dist.is_initialized():
-        from_first_process(0)  # the first one has written its report
-        dist.destroy_process_group()
+    from_first_process(0)  # the others wait for its report
+    leave_processes()
     if held:
         held.close()
     if step != settings.steps:

@@ -371,6 +371,8 @@ class Transformer(nn.Module):
 
         reduction: "mean", "sum", or "rows" for the sum and the sum of each row (B,), without a gradient.
         """
+        if reduction not in ("mean", "sum", "rows"):
+            raise ValueError(f'reduction {reduction!r} must be "mean", "sum" or "rows"')
         x = self.hidden(ids).flatten(0, 1)  # (B*T, C)
         weight = (self.lm_head or self.model.embed_tokens).weight
         total, losses = LossInPieces.apply(x, weight, targets.flatten(), torch.is_grad_enabled())
@@ -561,7 +563,10 @@ def replace_files(folder):
 
 
 def save_safetensors(path, tensors):
-    """Write {name: tensor}: the header's length in 8 bytes, the header as JSON, the bytes of all tensors."""
+    """Write {name: tensor}: the header's length in 8 bytes, the header as JSON, the bytes of all tensors.
+
+    The path must not be a file from which one of these tensors is mapped: see replace_files.
+    """
     names = {dtype: name for name, dtype in DTYPES.items()}
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # keeps all of them aligned
     header, end = {"__metadata__": {"format": "pt"}}, 0
@@ -591,7 +596,8 @@ def load_safetensors(path, device="cpu", dtype=None):
             if name == "__metadata__" or name.endswith("rotary_emb.inv_freq"):
                 continue
             kind, shape, (begin, end) = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
-            if not kind or begin < 0 or math.prod(shape) * kind.itemsize != end - begin:
+            whole = all(isinstance(n, int) for n in shape)
+            if not kind or not whole or begin < 0 or math.prod(shape) * kind.itemsize != end - begin:
                 raise ValueError(f"{name}: {entry} does not fit the file or has an unknown dtype")
             tensors[name] = content[begin:end].view(kind).view(shape).to(device, dtype)
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

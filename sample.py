@@ -33,9 +33,8 @@ from tokenizer import Tokenizer, render
 
 OUT = Path(__file__).resolve().parent / "out"
 PROMPTS = {"pystdlib": "def ", "shakespeare": "ROMEO:\n", "tinystories": "Once upon a time"}  # by data
-SMALL = (
-    2**18
-)  # numbers in a matrix up to which, for one row, the packed product takes longer to start than to run
+# Numbers in a matrix up to which, for one row, the packed product takes longer to start than to run.
+SMALL = 2**18
 
 
 # --- from scores to a token ---
@@ -195,8 +194,8 @@ def generate(
 
     Rows are the n_samples of the first prompt, then those of the second ... A row that draws one of stop_ids
     has ended and yields None from then on. Ids from vocab_size on are never drawn; sampling: the fields of
-    Sampling. A row that outgrows the context continues from its last half. With a given cache, prompts
-    continue what each row holds, until it is full. ValueError: unusable settings.
+    Sampling. When the longest row has filled the context, all rows continue from their last half of it. With
+    a given cache, prompts continue what each row holds, until it is full. ValueError: unusable settings.
     """
     sampling = Sampling(**sampling)
     if not prompts or not all(prompts) or n_samples < 1:
@@ -217,10 +216,9 @@ def generate(
     step = compile_step(cache) if compiled else one_token
     ended = [False] * len(rows)
     for n_made in range(1, max_new_tokens + 1):
-        logits = logits[:, :vocab_size]
         if sampling.repetition_penalty != 1:
             logits = penalize(logits, mark(rows, logits), sampling.repetition_penalty)
-        new = next_tokens(logits, sampling, generator)  # (B,)
+        new = next_tokens(logits[:, :vocab_size], sampling, generator)  # (B,)
         ids = new.tolist()
         ended = [end or i in stop_ids for end, i in zip(ended, ids)]
         if all(ended):
@@ -388,8 +386,8 @@ class Chat:
         turns, n_forgotten = [*self.turns, question], 0
         while n_forgotten < len(turns) - 1 and sum(map(len, turns[n_forgotten:])) > room:
             n_forgotten += 2  # a question and its answer
-        self.turns = turns[n_forgotten:]
-        ids = sum(self.turns, [])
+        turns = turns[n_forgotten:]
+        ids = sum(turns, [])
         if n_forgotten:
             print(f"(to make room, the oldest {n_forgotten} turns are forgotten)", file=sys.stderr)
         if len(ids) > room:
@@ -398,10 +396,10 @@ class Chat:
         same = 0  # the ids that the cache holds already; at least one is left to read
         while same < min(len(ids) - 1, len(self.read)) and ids[same] == self.read[same]:
             same += 1
-        self.cache.truncate([same])
         said, self.read = [], ids[:same]
         stream = TextStream(self.tokenizer, stops)
         try:
+            self.cache.truncate([same])
             for (new,) in generate(self.model, [ids[same:]], cache=self.cache, **settings):
                 said.append(new)
                 yield stream.add(new)
@@ -412,7 +410,7 @@ class Chat:
                 print("(the context is full)", file=sys.stderr)
         finally:  # also when Ctrl-C cut the answer short
             end = self.tokenizer.special_tokens["<|im_end|>"]
-            self.turns.append([*said, end, *self.tokenizer.encode("\n")])
+            self.turns = [*turns, [*said, end, *self.tokenizer.encode("\n")]]
             if said:
                 self.read = ids + said[:-1]  # the last one was drawn but perhaps not read
 
@@ -427,7 +425,9 @@ def converse(model, tokenizer, folder, stops, stop_ids, seed, **settings):
         print(
             "this model was not taught to chat: it continues the text instead of answering", file=sys.stderr
         )
-    with suppress(OSError, ValueError, KeyError):  # finetune.py leaves some questions
+    with suppress(
+        OSError, ValueError, LookupError, AttributeError, TypeError
+    ):  # finetune.py leaves questions
         questions = json.loads((folder / "results.json").read_bytes())["questions"].values()
         if questions:
             print("it answers questions like these, new to it:", *questions, sep="\n  ", file=sys.stderr)
@@ -472,6 +472,8 @@ def read_prompts(path):
             texts = [record["prompt"]] if "prompt" in record else []
             for message in record.get("messages", []):
                 texts += [message["role"], message["content"]]
+            if "prompt" in record and "messages" in record:
+                raise ValueError('it has both "prompt" and "messages"')
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise ValueError('it needs "prompt", a text, or "messages", each with "role" and "content"')
             if taken := {"line", "completion"} & record.keys():
@@ -527,7 +529,7 @@ def answer_file(model, tokenizer, path, output, batch_size, stops, seed, **setti
     records, answers, start = read_prompts(path), read_answers(output), time.perf_counter()
     for number, answer in answers.items():
         if number not in records or answer != answer | records[number]:
-            raise ValueError(f"{output} answers other prompts than {path}: choose another --output")
+            raise ValueError(f"{output} (or a .part file) answers other prompts than {path}: choose another")
     prompts = {number: prompt_of(record, tokenizer) for number, record in records.items()}
     if too_long := sum(len(prompt) > context for prompt in prompts.values()):
         print(f"{too_long} prompts are cut to their last {context} tokens", file=sys.stderr)
@@ -586,17 +588,17 @@ def end_ids(folder, tokenizer):
     for path in (Path(folder) / "generation_config.json", Path(folder) / "config.json"):
         try:
             ends = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else None
-        except (AttributeError, ValueError) as error:
+            if ends is not None:
+                return set(ends) if isinstance(ends, list) else {ends}
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
-        if isinstance(ends, list):
-            return set(ends)
-        if ends is not None:
-            return {ends}
     return set(tokenizer.special_tokens.values())
 
 
 def read_prompt(args, folder):
     """The prompt: as given, from stdin (without its last line end), or one that suits the model's data."""
+    if args.prompt == "-" and sys.stdin is None:
+        raise ValueError("--prompt - reads stdin, which is closed")
     if args.prompt == "-":
         return sys.stdin.read().removesuffix("\n")
     if args.prompt is not None:

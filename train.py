@@ -14,6 +14,7 @@ On a first reading, read "one step", "the optimizers" and `main`; skip the proce
 
 import argparse
 import csv
+import gc
 import math
 import os
 import pickle
@@ -65,7 +66,7 @@ class Settings:
     max_steps: int | None = None  # the other limit beside minutes: finetune.py's epochs
     preset: str = ""
     weight_decay: float = 0.0
-    dropout: float | None = 0.0  # None: see dropout_at
+    dropout: float | None = 0.0  # None: see set_dropout
     compile: bool = False
 
 
@@ -278,7 +279,7 @@ class Pace:
         self.began = time.perf_counter() - seconds
         self.seconds = seconds  # when the clock was last read
         self.done = fraction_done(step, seconds, settings)
-        self.lap_seconds, self.lap_step = seconds, step  # where the lap began
+        self.lap_start, self.lap_step, self.lap_end = seconds, step, seconds
         self.step_seconds = []  # seconds per step, lap by lap
         self.eval_seconds = 0.0
 
@@ -300,15 +301,15 @@ class Pace:
 
     def end_lap(self, step):
         """Seconds per step since the lap began. Call it after waiting for the device."""
-        self.step_seconds.append((self.read_clock() - self.lap_seconds) / (step - self.lap_step))
+        self.lap_end = self.read_clock()
+        self.step_seconds.append((self.lap_end - self.lap_start) / (step - self.lap_step))
         return self.step_seconds[-1]
 
     def begin_lap(self, step, evaluated):
         """Start to measure again, after logging, evaluating and saving."""
-        before = self.seconds
-        self.lap_seconds, self.lap_step = self.read_clock(), step
+        self.lap_start, self.lap_step = self.read_clock(), step
         if evaluated:
-            self.eval_seconds = self.seconds - before
+            self.eval_seconds = self.lap_start - self.lap_end
         if evaluated and self.settings.steps is None:  # evaluations may take a tenth of the budget
             affordable = int(0.1 * 60 * self.settings.minutes / self.eval_seconds)
             self.settings.n_evals = max(1, min(self.settings.n_evals, affordable))
@@ -404,6 +405,13 @@ def start(device, deterministic):
     return device
 
 
+def leave_processes():
+    """Leave the other processes, at the end of a script."""
+    if dist.is_initialized():
+        gc.collect()  # DistributedDataParallel, if collected after its group is gone, may abort the process
+        dist.destroy_process_group()
+
+
 def rank_and_world():
     """The number of this process and how many there are; (0, 1) without torchrun."""
     if dist.is_initialized():
@@ -462,7 +470,8 @@ def lock(folder):
 
 def make_folder(out):
     """Make an empty folder for a new run and lock it; a run that is there is moved to NAME.1, NAME.2 ..."""
-    if out.exists() and any(out.iterdir()):
+    started = {".lock", ".unfinished", "samples.txt"}  # of a run that ended before its first line of the log
+    if out.exists() and {path.name for path in out.iterdir()} - started:
         if not any((out / name).exists() for name in ("config.json", "log.csv", STATE)):
             raise ValueError(f"{out} exists and holds no model: choose another --out")
         held = lock(out)
@@ -480,7 +489,9 @@ def make_folder(out):
                 how = f"python {state['script']} --resume --out {os.path.relpath(aside)}"
                 print(f"it stopped after step {state['step']:,}; to go on with it: {how}")
     out.mkdir(parents=True, exist_ok=True)
-    return lock(out)
+    held = lock(out)
+    (out / "samples.txt").unlink(missing_ok=True)
+    return held
 
 
 def save_state(out, state, model, optimizers):
@@ -902,7 +913,6 @@ def train(settings, data, out, state=None):
                     "lr": rate * settings.lr,
                     "grad_norm": norm.item(),
                     "tokens_per_second": n_targets / pace.end_lap(step),
-                    "seconds": pace.seconds,
                 }
                 if pace.decide_steps(step):
                     show_text(settings, data)
@@ -921,6 +931,7 @@ def train(settings, data, out, state=None):
                 add_sample(out, model, tokenizer, prompt, step)
 
             if logging:
+                values["seconds"] = pace.read_clock()
                 log.write(values, pace.left(step), keep=evaluating)
 
             save_asked = settings.save_every and step % settings.save_every == 0
@@ -983,8 +994,7 @@ def main():
         print("\nThe same prompt, step by step:\n")
         print((out / "samples.txt").read_text(encoding="utf-8"))
         print(f"next: python sample.py --model {place}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_processes()
     if held:
         held.close()
     if step != settings.steps:

@@ -78,7 +78,7 @@ def prepare_quietly(*arguments, **settings):
 @contextmanager
 def tiny_data():
     """Yields the name of a tiny text that is prepared under data/ and removed afterwards."""
-    name = "bench-tiny"
+    name = f"bench-{os.getpid()}"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.txt"
         text = "".join(f"the cat sat on mat {i} and the dog\n" for i in range(1000))
@@ -229,13 +229,17 @@ LEARNERS = {
 }
 
 
+def largest_process():
+    """The most bytes in use so far, of this process or of its largest child."""
+    both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return RSS_UNIT * max(resource.getrusage(who).ru_maxrss for who in both)
+
+
 def learn_once(args):
-    """Print the seconds of one learner, and the peak memory of its largest process, as JSON."""
-    start = time.perf_counter()
+    """Print the seconds of one learner, and the megabytes above those of the imports here, as JSON."""
+    before, start = largest_process(), time.perf_counter()
     phases = LEARNERS[args.job](corpus(args.corpus), args.vocab_size)
-    row = {"seconds": time.perf_counter() - start}
-    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    row["MB"] = max(peaks) * RSS_UNIT / 1e6
+    row = {"seconds": time.perf_counter() - start, "MB": (largest_process() - before) / 1e6}
     print(json.dumps(row | (phases or {})))
 
 
@@ -553,39 +557,34 @@ def run_beside(way, args, out):
         "preset": torch.load(out / train.STATE, weights_only=True, mmap=True)["settings"]["preset"],
         "steps": int(last["step"]),
         "bpb": float(last["val_bpb"]),
-        "log": float(last["seconds"]) / 60,
+        "log.csv": float(last["seconds"]) / 60,
         "used": (end - first_step) / 60,
         "process": (end - began) / 60,
     }
 
 
 def bench_budget(args):
-    """Runs of train.py alone, beside two busy processes at its beginning, and beside them throughout.
-
-    Minutes are those of log.csv, whose last line leaves out the last evaluation; those from the first step to
-    the end of the process, which take it in; and those of the whole process.
-    """
+    """Runs of train.py alone, beside two busy processes at its beginning, and beside them throughout."""
     results = {way: [] for way in WAYS}
-    heads = f"{'minutes: log':>13}{'used':>7}{'process':>9}{'steps':>8}{'bpb':>8}"
-    print(f"train.py --data {args.data} --minutes {args.minutes:g}\n\n{'':34}{heads}", flush=True)
+    heads = f"{'log.csv':>9}{'used':>9}{'process':>9}{'steps':>8}{'bpb':>8}"
+    print(f"train.py --data {args.data} --minutes {args.minutes:g}: minutes that log.csv says (without the")
+    print("last evaluation), that were used from the first step on, and those of the whole process\n")
+    print(f"{'':34}{heads}", flush=True)
     with tempfile.TemporaryDirectory() as work:
         for run in range(args.runs):
             for k, way in enumerate(WAYS):
                 row = run_beside(way, args, Path(work) / f"{run}-{k}")
-                minutes = f"{row['log']:13.2f}{row['used']:7.2f}{row['process']:9.2f}"
+                minutes = f"{row['log.csv']:9.2f}{row['used']:9.2f}{row['process']:9.2f}"
                 result = f"{minutes}{row['steps']:8,}{row['bpb']:8.4f}"
-                print(f"{run + 1:3} {way:25} {row['preset']:5}{result}", flush=True)
+                print(f"{run + 1:3} {way:25}{row['preset']:5}{result}", flush=True)
                 results[way].append(row)
-    heads = f"{'/ budget: log':>13}{'used':>7}{'process':>9}{'steps':>8}{'bpb':>8}"
-    print(f"\n{f'median of {args.runs}':34}{heads}  bpb - that of {WAYS[0]}")
-    undisturbed = None
+    print(f"\n{f'median of {args.runs}; minutes / budget':34}{heads}  bpb - that of {WAYS[0]}")
+    undisturbed = statistics.median(row["bpb"] for row in results[WAYS[0]])
     for way, rows in results.items():
         median = {name: statistics.median(row[name] for row in rows) for name in rows[0] if name != "preset"}
-        if undisturbed is None:
-            undisturbed = median["bpb"]
-        ratios = [median[name] / args.minutes for name in ("log", "used", "process")]
-        result = f"{ratios[0]:13.2f}{ratios[1]:7.2f}{ratios[2]:9.2f}{median['steps']:8,.0f}"
-        print(f"{way:34}{result}{median['bpb']:8.4f}  {median['bpb'] - undisturbed:+.4f}")
+        ratios = "".join(f"{median[name] / args.minutes:9.2f}" for name in ("log.csv", "used", "process"))
+        result = f"{ratios}{median['steps']:8,.0f}{median['bpb']:8.4f}"
+        print(f"{way:34}{result}  {median['bpb'] - undisturbed:+.4f}")
 
 
 # --- kills ---
@@ -625,30 +624,40 @@ def start_run(program):
     return process
 
 
-def kill_and_resume(options, out, moments):
-    """Train in `out`, killed at one of the moments (seconds) after the other, then resumed until it ends.
+def is_saving(out):
+    """Whether a run is, or was when it was killed, in the middle of a save."""
+    places = (f"{train.STATE}.unfinished", ".unfinished", "best/.unfinished")
+    return any((out / place).exists() for place in places)
 
+
+def kill_and_resume(options, out, kills):
+    """Train in `out`, killed and resumed again and again, then let it come to its end.
+
+    kills: a list of (seconds, whether to wait from then on for a save, seconds after its beginning).
     Returns what happened, and whether the run came to its end.
     """
-    program, story = script("train.py", *options, "--out", out), []
-    begin = program
-    moments = iter(moments)
+    begin, resume = script("train.py", *options, "--out", out), script("train.py", "--resume", "--out", out)
+    program, kills, story = begin, list(kills), []
     while True:
         process = start_run(program)
-        moment = next(moments, None)
+        moment, in_save, later = kills.pop(0) if kills else (None, False, 0)
+        start = time.perf_counter()
         try:
             _, errors = process.communicate(timeout=moment)
         except subprocess.TimeoutExpired:
+            if in_save:
+                while not is_saving(out) and process.poll() is None:
+                    time.sleep(0.0005)
+                time.sleep(later)
             process.kill()
-            process.communicate()
-            places = (f"{train.STATE}.unfinished", ".unfinished", "best/.unfinished")
-            saving = " while saving" if any((out / name).exists() for name in places) else ""
-            story.append(f"killed at {moment:.2f} s{saving}")
-            program = script("train.py", "--resume", "--out", out)
-            continue
-        if process.returncode == 0:
+            _, errors = process.communicate()
+        if process.returncode == -signal.SIGKILL:
+            saving = " while saving" if is_saving(out) else ""
+            story.append(f"killed after {time.perf_counter() - start:.2f} s{saving}")
+            program = resume
+        elif process.returncode == 0:
             return "; ".join(story), True
-        if "nothing to resume" in errors and program != begin:
+        elif "nothing to resume" in errors and program == resume:
             story.append("nothing was saved, so it began anew")
             program = begin
         else:
@@ -671,16 +680,20 @@ def compare_killed_runs(options, runs, kills, seed):
         print(f"undisturbed, the run takes {span:.1f} s", flush=True)
         expected = ending(reference)
         for run in range(1, runs + 1):
-            out = Path(work) / str(run)
-            moments = [rng.uniform(0, span) for _ in range(kills)]
-            story, ended = kill_and_resume(options, out, moments)
+            out, story = Path(work) / str(run), ""
+            while not story:  # one that came to its end before it was killed does not count
+                shutil.rmtree(out, ignore_errors=True)
+                moments = []
+                for _ in range(kills):
+                    moments.append((rng.uniform(0, span), rng.random() < 0.5, rng.uniform(0, 0.05)))
+                story, ended = kill_and_resume(options, out, moments)
             result = ""
             if ended:
                 found = ending(out)
                 different = [name for name in expected if not equal(found[name], expected[name])]
                 result = f"DIFFERENT: {', '.join(different)}" if different else "equal"
                 same += not different
-            print(f"{run:3}: {story or 'it ended before it was killed'}; {result}", flush=True)
+            print(f"{run:3}: {story}; {result}", flush=True)
             for folder in Path(work).glob(f"{run}*"):
                 shutil.rmtree(folder)
     print(f"{same} of {runs} killed runs ended with equal weights, optimizers, samples and log", flush=True)
@@ -701,15 +714,16 @@ def ends_cleanly(program, limit=180):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # else torchrun says on stderr that it sets this
     pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
     process = subprocess.Popen(program, **pipes)
+    hangs = False
     try:
         _, errors = process.communicate(timeout=limit)
-        ended = f"ended with {process.returncode}"
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)  # torchrun then ends its processes
+        hangs = True
+        process.terminate()  # torchrun then ends its processes
         _, errors = process.communicate()
-        ended = f"did not end within {limit} s"
-    if process.returncode == 0 and not errors.strip():
+    if process.returncode == 0 and not errors.strip() and not hangs:
         return True
+    ended = f"did not end within {limit} s" if hangs else f"ended with {process.returncode}"
     print(f"{Path(program[-1]).name} {ended}, and on stderr stands: {errors[-2000:]}", flush=True)
     return False
 
@@ -1002,6 +1016,27 @@ def bench_sample(args):
 # --- on a GPU ---
 
 
+class GPT2Block(nn.Module):
+    """x += attention(norm(x)); x += mlp(norm(x)), with q, k and v by one matrix."""
+
+    def __init__(self, width, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.norm_1, self.norm_2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        parts = self.qkv(self.norm_1(x)).split(C, dim=2)
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in parts)  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.down(F.gelu(self.up(self.norm_2(x))))
+
+
 class GPT2(nn.Module):
     """nanoGPT's model: GPT-2's blocks, without biases."""
 
@@ -1020,25 +1055,6 @@ class GPT2(nn.Module):
         for block in self.blocks:
             x = block(x)
         return F.linear(self.norm(x), self.wte.weight)
-
-
-class GPT2Block(nn.Module):
-    def __init__(self, width, n_head):
-        super().__init__()
-        self.n_head = n_head
-        self.norm_1, self.norm_2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width, bias=False)
-        self.up = nn.Linear(width, 4 * width, bias=False)
-        self.down = nn.Linear(4 * width, width, bias=False)
-
-    def forward(self, x):
-        B, T, C = x.shape
-        parts = self.qkv(self.norm_1(x)).split(C, dim=2)
-        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in parts)  # (B, H, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))
-        return x + self.down(F.gelu(self.up(self.norm_2(x))))
 
 
 class PlainLoss(nn.Module):
@@ -1240,4 +1256,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is temporary is removed then, too
     main()

@@ -73,7 +73,7 @@ def run_main(main, *argv):
 
 
 FORKS = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
-FORKS.set_forkserver_preload(["torch"])
+FORKS.set_forkserver_preload(["torch", "torch._inductor.config"])  # a second each time
 
 
 def run_script(script, *argv, input=""):

@@ -738,7 +738,7 @@ def test_a_qwen_like_folder_in_bfloat16_can_be_tuned_both_ways(tokenizer, base, 
     plain = Tokenizer.train([WORDS * 3], vocab_size=300, special_tokens=("<|endoftext|>",))
     Transformer(Config(304, 64, qk_norm=True, **shape)).to(torch.bfloat16).save(tmp_path / "qwen", plain)
     cases = [
-        ((), torch.float32, "its text is unknown (--data)"),
+        ((), torch.float32, "no text of the base model (--data)"),
         (("--lora-rank", 4, "--data", "test-finetune"), torch.bfloat16, "prepared with another tokenizer"),
     ]
     for options, dtype, replay in cases:

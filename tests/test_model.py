@@ -329,6 +329,17 @@ def test_the_loss_of_a_model_in_bfloat16_is_summed_in_float32(model):
     assert model.loss(ids, targets).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_frozen_head_costs_no_gradient_of_it(model):
+    model.lm_head = torch.nn.Linear(32, 320, bias=False)
+    ids, flops = ids_of(model, 2, 9), {}
+    for learns in (True, False):
+        model.lm_head.requires_grad_(learns)
+        with FlopCounterMode(display=False) as counter:
+            model.loss(ids, ids).backward()
+        flops[learns] = counter.get_total_flops()
+    assert flops[True] - flops[False] == 2 * 18 * 320 * 32  # a product of (320, 18) and (18, 32)
+
+
 def relative_error(a, b):
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
@@ -736,7 +747,10 @@ def test_damaged_files_end_in_a_clear_error(tmp_path_factory, data):
         assert str(path) in str(error)
 
 
-@pytest.mark.parametrize("change", [{"shape": [-1]}, {"dtype": "I64"}, {"data_offsets": [0, 1000]}])
+@pytest.mark.parametrize(
+    "change",
+    [{"shape": [-1]}, {"shape": [2**50, [None]]}, {"dtype": "I64"}, {"data_offsets": [0, 1000]}],
+)
 def test_an_entry_that_does_not_fit_is_shown(tmp_path, change):
     path = tmp_path / "a.safetensors"
     text = json.dumps({"odd": {"dtype": "F32", "shape": [12], "data_offsets": [0, 48]} | change}).encode()

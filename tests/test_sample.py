@@ -275,13 +275,18 @@ def test_every_sample_slides_past_the_context(model):
 
 
 def test_the_repetition_penalty_counts_the_prompt_and_what_was_drawn_in_each_row_alone(model):
-    prompts, settings = [[1, 2, 3, 4], [5]], dict(max_new_tokens=20, temperature=0, n_samples=2)
-    free = [prompts[i // 2] + list(row) for i, row in enumerate(zip(*generate(model, prompts, **settings)))]
-    assert all(len(set(row)) < len(row) for row in free)  # a greedy text repeats itself
-    steps = generate(model, prompts, repetition_penalty=100.0, **settings)
-    rows = [prompts[i // 2] + list(row) for i, row in enumerate(zip(*steps))]
-    assert [len(set(row)) for row in rows] == [24, 24, 21, 21]
-    assert set(rows[0]) & set(rows[2])
+    prompts = [[1, 2, 3, 4], [5]]
+    settings = dict(max_new_tokens=20, temperature=0.02, top_p=1.0, n_samples=2)
+
+    def rows(**more):
+        drawn = zip(*generate(model, prompts, **settings, **more))
+        return [prompts[i // 2] + list(row) for i, row in enumerate(drawn)]
+
+    assert all(len(set(row)) < len(row) for row in rows())
+    a, b, c, d = rows(repetition_penalty=100.0)
+    assert [len(set(row)) for row in (a, b, c, d)] == [24, 24, 21, 21]
+    # what one sample has drawn, another of the same prompt may draw later
+    assert any(new in a[4:i] for i, new in enumerate(b)) and any(new in c[1:i] for i, new in enumerate(d))
 
 
 def test_a_given_cache_is_continued_until_it_is_full(model):
@@ -488,7 +493,10 @@ def test_the_oldest_turns_are_forgotten_aloud(long_model, tokenizer, capsys):
     assert "forgotten" in capsys.readouterr().err
     assert len(chat.turns) % 2 == 0 and 2 <= len(chat.turns) < 12
     assert list(chat.answer("日本語" * 200, max_new_tokens=30, vocab_size=256))
-    assert "only its last 150 tokens" in capsys.readouterr().err
+    messages = capsys.readouterr().err
+    assert "only its last 150 tokens" in messages and "is full" not in messages
+    assert len(list(chat.answer("日本語" * 200, max_new_tokens=100, vocab_size=256))) == 51 + 1
+    assert "the context is full" in capsys.readouterr().err
 
 
 def test_an_answer_cut_short_in_the_middle_of_a_step_leaves_no_trace_in_the_cache(long_model, tokenizer):
@@ -528,6 +536,20 @@ def test_chat_answers_line_by_line_and_a_base_model_says_what_it_is(folder, toke
     assert "not taught" not in run("--model", folder, "--chat")[1]
 
 
+def test_chat_ends_an_answer_where_the_turn_ends_also_if_the_folder_does_not_name_that_end(
+    tiny_config, tokenizer, monkeypatch, capsys, tmp_path
+):
+    model = Transformer(Config(**vars(tiny_config) | dict(tie_embeddings=False, block_size=200)))
+    end = tokenizer.special_tokens["<|im_end|>"]
+    ids, _ = render(tokenizer, [{"role": "user", "content": "hello"}], add_generation_prompt=True)
+    with torch.no_grad():
+        model.lm_head.weight[end] = 100 * model.hidden(torch.tensor([ids]))[0, -1]
+    assert continuation(model, ids, max_new_tokens=1, temperature=0) == [end]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    sample.converse(model, tokenizer, tmp_path, [], set(), 0, temperature=0)
+    assert capsys.readouterr().out == "\n"
+
+
 # --- a file of prompts ---
 
 
@@ -547,8 +569,10 @@ def prompts(tmp_path):
 def test_a_file_of_prompts_is_answered_in_its_order(folder, prompts, tmp_path, model, tokenizer):
     output = tmp_path / "answers.jsonl"
     files = ("--model", folder, "--prompts", prompts, "--output", output)
-    shown, messages = run(*files, "--batch-size", 3, *GREEDY)
+    # the penalty lets even the greedy text of a model that has learned nothing depend on its prompt
+    shown, messages = run(*files, "--batch-size", 3, *GREEDY, "--repetition-penalty", 3)
     assert shown == "" and "0:00:00 left" in messages
+    assert "1 prompts are cut to their last 32 tokens" in messages
     answers = answers_in(output)
     for i, (record, answer) in enumerate(zip(answers_in(prompts), answers, strict=True)):
         assert answer == record | {"line": i + 1, "completion": answer["completion"]}
@@ -557,9 +581,10 @@ def test_a_file_of_prompts_is_answered_in_its_order(folder, prompts, tmp_path, m
         else:
             ids = render(tokenizer, record["messages"], add_generation_prompt=True)[0]
         ends = sample.end_ids(folder, tokenizer)
-        settings = dict(max_new_tokens=8, temperature=0, vocab_size=tokenizer.vocab_size, stop_ids=ends)
-        alone = text_of((new for (new,) in generate(model, [ids], **settings)), tokenizer)
-        assert answer["completion"] == "".join(alone)
+        settings = dict(max_new_tokens=8, temperature=0, repetition_penalty=3.0)
+        settings.update(vocab_size=tokenizer.vocab_size, stop_ids=ends)
+        alone = continuation(model, ids, **settings)
+        assert answer["completion"] == "".join(text_of(alone, tokenizer))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "model", "prompts.jsonl"]
     assert "0 prompts to answer, 7 were answered before" in run(*files, *GREEDY)[1]
     assert answers_in(output) == answers
@@ -582,7 +607,9 @@ def test_two_processes_share_the_prompts(folder, prompts, tmp_path):
     output = tmp_path / "answers.jsonl"
     arguments = ["--model", folder, "--prompts", prompts, "--output", output, "--batch-size", 2, *GREEDY]
     processes = [start(*arguments, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-    assert [process.wait() for process in processes] == [0, 0]
+    for process, share in zip(processes, (4, 3)):
+        assert f"{share} prompts to answer" in process.communicate()[1]
+        assert process.returncode == 0
     assert [answer["line"] for answer in answers_in(output)] == list(range(1, 8))
     assert not list(tmp_path.glob("*.part*")) and not list(tmp_path.glob("*.unfinished*"))
 
@@ -715,6 +742,7 @@ def test_ctrl_c_ends_the_text_without_a_traceback(folder):
         (["--stop", ""], "an empty --stop"),
         (["--prompts", "x.txt"], "go together"),
         (["--prompts", "no.jsonl", "--output", "x"], "no.jsonl"),
+        (["--prompts", "no.jsonl", "--output", ROOT / "tests"], "tests is not a file"),
         (["--device", "tpu"], "no device 'tpu'"),
         (["--compile", "--device", "cpu"], "--compile makes decoding faster on CUDA only"),
         (["-n", "0"], "-n: 0 must be positive"),

@@ -449,7 +449,9 @@ def from_tiktoken(encoding):
         halves = [(token[:i], token[i:]) for i in range(1, len(token))]
         merges += [(left, right) for left, right in halves if left in ranks and right in ranks]
     pattern = re.sub(r"(\d\})\+(?=\||$)", r"\1", encoding._pat_str)  # other engines repeat the {1,3}
-    return Tokenizer(stage.tokenizer_json(ranks, merges, pattern, encoding._special_tokens, True))
+    document = stage.tokenizer_json(ranks, merges, pattern, encoding._special_tokens)
+    document["model"]["ignore_merges"] = True  # a chunk that is a token becomes that token
+    return Tokenizer(document)
 
 
 def test_the_vocabulary_of_a_tiktoken_encoding_gives_the_same_ids(tmp_path, tokenizer):
