@@ -133,6 +133,7 @@ def fit_micro_batch(objective, batch, settings):
 
     Also compiles, and falls back to eager mode where that fails. ValueError: not even one row fits.
     """
+    start = time.perf_counter()
     while True:
         fits = True
         try:
@@ -150,6 +151,8 @@ def fit_micro_batch(objective, batch, settings):
         if settings.device == "cuda":
             torch.cuda.empty_cache()
         if sum_over_processes(int(fits)) == settings.processes:
+            if settings.compile:
+                show("compiled", f"in {time.perf_counter() - start:.0f} s")
             return
         if settings.micro_batch == 1:
             raise ValueError("out of memory with one row at a time: take a smaller --block-size or --preset")
