@@ -1,9 +1,9 @@
-"""Stage 5: fine-tuning. A base model continues text; here it learns to answer, then to prefer.
+r"""Stage 5: fine-tuning. A base model continues text; here it learns to answer, then to prefer.
 
-    <|im_start|>user\\nList the arguments of: def f(a, b):<|im_end|>\\n<|im_start|>assistant\\na, b<|im_end|>
-                                                                                        ^^^^^^^^^^^^^^
-The loss is that of pretraining, but only over what the assistant says (marked). The loop stands in `tune`.
-On a first reading, skip "LoRA" and "preferences": they replace what learns, and what it learns from.
+    <|im_start|>user\nList the arguments of: def f(a, b):<|im_end|>\n<|im_start|>assistant\na, b<|im_end|>
+                                                                                            ^^^^^^^^^^^^^^
+The loss is that of pretraining, but only over what the assistant says (marked). The loop is in `tune`.
+On a first reading, skip "LoRA", which trains other weights, and "preferences", which has another loss.
 
     python finetune.py                          teach the newest base model small tasks, and measure it
     python finetune.py --model DIR --examples chat.jsonl --lora-rank 8
@@ -12,11 +12,11 @@ On a first reading, skip "LoRA" and "preferences": they replace what learns, and
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
 import os
-import sys
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch import nn
 
 from data import tasks
 from data.examples import Examples, hold_out, read_examples
-from data.loader import IGNORED, Blocks, Data, read_ahead
+from data.loader import IGNORED, Blocks, Data
 from data.prepare import DATA
 from model import Transformer, replace_files, save_safetensors
 from sample import OUT, end_ids, generate, positive_float, positive_int
@@ -48,14 +48,13 @@ from train import (
     catch_signals,
     check_finite,
     choose_dtype,
-    find_run,
+    claim,
     fit_micro_batch,
     from_first_process,
     learning_rate,
-    leave_processes,
-    lock,
-    make_folder,
+    move_settings,
     open_data,
+    open_run,
     parallel,
     rank_and_world,
     read_state,
@@ -65,7 +64,6 @@ from train import (
     run,
     save_state,
     schedule_settings,
-    set_dropout,
     show,
     start,
     sum_over_processes,
@@ -73,7 +71,6 @@ from train import (
 )
 
 EPOCHS = 3  # or 3 minutes, whichever ends first, unless one of them is asked for
-N_EVALS = 6  # in a run
 N_SHOWN = 5  # answers of each channel in the report
 REPLAY = 0.3  # with 0.1, the model forgot more than twice as much
 REPLAYED = "(replay)"  # the channel of replayed text
@@ -81,13 +78,16 @@ REPLAYED = "(replay)"  # the channel of replayed text
 
 @dataclass
 class TuneSettings(Settings):
-    """Everything that decides the numbers of a run, besides the model, the examples and the hardware."""
+    """Everything that decides the numbers of a run, besides the content of what it reads and the hardware."""
 
+    base: str = ""  # the folder of the model that it starts from
+    data: str | None = None  # the name of what the base model was trained on
+    examples: str | None = None  # files; None: the small tasks
+    test: str | None = None
     method: str = "sft"
     lora_rank: int = 0  # 0: all weights learn
     lora_alpha: float = 0.0
     beta: float = 0.1
-    likelihood: float = 0.0
     n_replay: int = 0  # rows of a batch, over all processes, that are the base model's own text
 
 
@@ -95,7 +95,6 @@ class TuneSettings(Settings):
 class Material:
     """What a run reads."""
 
-    base: Path  # the folder of the model that it starts from
     tokenizer: Tokenizer
     train: Examples
     dev: Examples | None
@@ -113,11 +112,11 @@ class Material:
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(nn.Module):
     """A linear layer whose weight is frozen, plus its update of rank r."""
 
     def __init__(self, linear, rank, alpha):
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        super().__init__()
         self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
         device = linear.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
@@ -127,7 +126,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        return super().forward(x) + self.scale * F.linear(F.linear(x, A), B)
+        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(F.linear(x, A), B)
 
 
 def add_lora(model, rank, alpha):
@@ -135,11 +134,9 @@ def add_lora(model, rank, alpha):
     if not 1 <= rank <= model.config.n_embd:
         raise ValueError(f"--lora-rank {rank} must be from 1 to the model's width, {model.config.n_embd}")
     model.requires_grad_(False)
-    for block in model.model.layers:
-        for part in (block.self_attn, block.mlp):
-            for name, child in list(part.named_children()):
-                if name in MATRICES:
-                    setattr(part, name, LoRALinear(child, rank, alpha))
+    for name, child in list(model.named_modules()):
+        if name.endswith(MATRICES):
+            model.set_submodule(name, LoRALinear(child, rank, alpha))
     return model
 
 
@@ -162,12 +159,7 @@ def save_adapter(folder, weights, rank, alpha, base):
         "base_model_name_or_path": str(base),
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
         "target_modules": list(MATRICES),
-        "modules_to_save": None,
-        "fan_in_fan_out": False,
-        "inference_mode": True,
     }
     adapter = {f"base_model.model.{name}.weight": p for name, p in weights.items() if ".lora_" in name}
     with replace_files(folder) as unfinished:
@@ -193,58 +185,43 @@ def log_probs(model, ids, targets):
     return log_p.new_zeros(len(ids)).index_add(0, rows, log_p)
 
 
+def measure_preference(log_p, references, beta):
+    """log p of chosen and rejected answers under p and under p0, (n, 2) each -> MEASURES (n, 5)."""
+    chosen, rejected = (log_p - references).unbind(1)
+    margin = beta * (chosen - rejected)
+    measures = (-F.logsigmoid(margin), margin, (margin > 0).float(), log_p[:, 0], log_p[:, 1])
+    return torch.stack(measures, 1)
+
+
 class PreferenceLoss(nn.Module):
-    """DPO's loss (eq. 7) as a module, see NextTokenLoss.
+    """DPO's loss (eq. 7) as a module, see NextTokenLoss. p0 is a frozen copy of the model as it is now."""
 
-    likelihood: the weight of the chosen answer's own loss per token, without which both answers may become
-    unlikely (Pang et al., 2024).
-    """
-
-    def __init__(self, model, beta, likelihood=0.0):
+    def __init__(self, model, beta):
         super().__init__()
-        self.model, self.beta, self.likelihood = model, beta, likelihood
+        self.model, self.beta = model, beta
+        self.reference = copy.deepcopy(model).requires_grad_(False)
 
-    def forward(self, ids, targets, references):
-        """ids, targets (n, 2, T): chosen, rejected; references (n, 2): their log p under p0.
-
-        Returns the summed loss and, without a gradient, MEASURES of each pair (n, 5).
-        """
-        log_p = log_probs(self.model, ids.flatten(0, 1), targets.flatten(0, 1)).view(-1, 2)
-        chosen, rejected = (log_p - references).unbind(1)
-        margin = self.beta * (chosen - rejected)
-        n_tokens = (targets[:, 0] != IGNORED).sum(1)
-        loss = -F.logsigmoid(margin) - self.likelihood * log_p[:, 0] / n_tokens.clamp(min=1)
-        rows = torch.stack((loss, margin, (margin > 0).float(), log_p[:, 0], log_p[:, 1]), 1)
-        rows = (
-            rows * (n_tokens > 0)[:, None]
-        )  # a row without targets, which only fills up, counts for nothing
+    def forward(self, ids, targets):
+        """ids, targets (n, 2, T): chosen, rejected -> the summed loss and, detached, MEASURES (n, 5)."""
+        both = ids.flatten(0, 1), targets.flatten(0, 1)  # (2n, T)
+        log_p = log_probs(self.model, *both).view(-1, 2)
+        with torch.no_grad():
+            references = log_probs(self.reference, *both).view(-1, 2)
+        # A row without targets, with which a process fills up its share, counts for nothing.
+        rows = measure_preference(log_p, references, self.beta) * count_targets(targets)[:, None]
         return rows[:, 0].sum(), rows.detach()
-
-
-@torch.no_grad()
-def set_references(model, examples, settings):
-    """Store log p of all answers under the model as it is, instead of keeping a second model in memory."""
-    rank, world = rank_and_world()
-    found = torch.zeros_like(examples.references)
-    for indices in examples.by_length(settings.micro_batch * world):
-        ids, targets, _, _ = examples.tensors(indices, rank, world)
-        ids, targets = (tensor.flatten(0, 1).to(settings.device) for tensor in (ids, targets))
-        with autocast(settings):  # as in training, or the loss would not start at ln 2
-            log_p = log_probs(model, ids, targets).view(-1, 2)
-        mine = indices[rank::world]
-        found[mine] = log_p[: len(mine)].float().cpu()
-    examples.references = sum_over_processes(found).float()
 
 
 # --- exact match: answer freely, and compare by the character ---
 #
-# The loss uses teacher forcing, so it flatters: each token is predicted behind the right ones. Here the model
+# The loss uses teacher forcing, so it flatters: each token is predicted after the right ones. Here the model
 # reads its own answer, takes the likeliest token each time, and one wrong character makes an answer wrong.
 
 
-def answer(model, tokenizer, questions, max_new_tokens, batch_size=64):
-    """The likeliest answers to conversations, as a list of str."""
-    prompts = [render(tokenizer, question, add_generation_prompt=True)[0] for question in questions]
+def answer(model, tokenizer, examples, batch_size=64):
+    """The likeliest answers to the questions of examples, as a list of str."""
+    prompts = [render(tokenizer, example.question, add_generation_prompt=True)[0] for example in examples]
+    longest = max((len(tokenizer.encode(example.answer)) for example in examples), default=0) + 8
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     stop_ids, answers = set(tokenizer.special_tokens.values()), {}
     for first in range(0, len(order), batch_size):
@@ -252,14 +229,14 @@ def answer(model, tokenizer, questions, max_new_tokens, batch_size=64):
         steps = generate(
             model,
             [prompts[i] for i in batch],
-            max_new_tokens,
+            longest,
             stop_ids=stop_ids,
             temperature=0,
             vocab_size=tokenizer.vocab_size,
         )
         for row, i in zip(zip(*steps), batch):
             answers[i] = tokenizer.decode([new for new in row if new is not None])
-    return [answers.get(i, "") for i in range(len(questions))]  # a batch that ends at once yields no step
+    return [answers.get(i, "") for i in range(len(prompts))]  # a batch that ends at once yields no step
 
 
 def is_right(example, text):
@@ -295,12 +272,12 @@ def yardsticks(examples, test):
     return {"most_frequent": exact_match(test, frequent), "rule": exact_match(ruled, answers)}
 
 
-def report(material, answers, bpb, out):
+def report(material, before, after, out):
     """Print the share of right answers by channel, and examples; write the figures to results.json.
 
-    answers: {"base": ..., "tuned": ...}, lists of str; bpb: {"before": ..., "after": ...} or Nones.
+    before, after: what `measure` gives.
     """
-    test = material.test
+    test, answers = material.test, {"base": before["answers"], "tuned": after["answers"]}
     shares = {name: exact_match(test, texts) for name, texts in answers.items()}
     shares.update(yardsticks(material.train.examples, test))
     counts = Counter(example.channel for example in test)
@@ -324,6 +301,7 @@ def report(material, answers, bpb, out):
                 verdict = "right" if is_right(test[i], texts[i]) else "wrong"
                 print(f"    {name:6} {verdict}  {texts[i][:90]!r}")
     questions = {example.channel: example.question[-1]["content"] for example in reversed(test)}
+    bpb = {"before": before["bpb"], "after": after["bpb"]}
     results = {"exact_match": figures, "macro": macros["tuned"], "bpb": bpb, "questions": questions}
     (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
 
@@ -342,9 +320,9 @@ def newest_base():
 
 def data_of(base):
     """The name of the data that a model was trained on; None: it does not say, or the data is not there."""
-    if not (base / STATE).exists():
+    if not Path(base, STATE).exists():
         return None
-    name = read_state(base, mmap=True).get("data")
+    name = read_state(Path(base), mmap=True).get("data")
     return name if name and (DATA / name / "meta.json").exists() else None
 
 
@@ -361,33 +339,33 @@ def add_rows(model, n_known, n):
 
 def open_base(base, device, lora):
     """The model in a folder, with rows for the tokens of a chat, ready to learn."""
-    if not (base / "config.json").exists():
+    if not Path(base, "config.json").exists():
         raise ValueError(f"{base} is not a model folder: it has no config.json")
     dtype = None if lora else torch.float32  # frozen weights keep their dtype
     model = Transformer.load(base, device, dtype)
-    known = Tokenizer.load(base / "tokenizer.json")
+    known = Tokenizer.load(Path(base, "tokenizer.json"))
     tokenizer = with_chat_tokens(known)
     if tokenizer.vocab_size > known.vocab_size:
         add_rows(model, known.vocab_size, tokenizer.vocab_size)
     return model.train()
 
 
-def read_material(settings, sources):
-    """Open all that a run reads, and print what is there. sources: of "base", "examples", "test", "data"."""
-    base = Path(sources["base"])
-    known = Tokenizer.load(base / "tokenizer.json")
+def read_material(settings):
+    """Open all that a run reads besides the model, and print what is there."""
+    known = Tokenizer.load(Path(settings.base, "tokenizer.json"))
     tokenizer = with_chat_tokens(known)
     if tokenizer is not known:
-        print(f"{base} has no tokens for the layout of a chat: they are added, at the mean of the others")
-    data = open_data(sources["data"]) if sources["data"] else None
+        where = os.path.relpath(settings.base)
+        print(f"{where} has no tokens for the layout of a chat: they are added, at the mean of the others")
+    data = open_data(settings.data) if settings.data else None
     if data and data.tokenizer.fingerprint != known.fingerprint:
-        print(f"{data.name} was prepared with another tokenizer: it is of no use to {base}")
+        print(f"{data.name} was prepared with another tokenizer: it is of no use to this model")
         data = None
     if data is None:
         settings.n_replay = 0
-    if sources["examples"]:
-        train, dev = hold_out(read_examples(sources["examples"], pairs=settings.method == "dpo"))
-        test = read_examples(sources["test"]) if sources["test"] else []
+    if settings.examples:
+        train, dev = hold_out(read_examples(settings.examples, pairs=settings.method == "dpo"))
+        test = read_examples(settings.test) if settings.test else []
     else:
         train, dev, test = (read_examples(tasks.FOLDER / f"{split}.jsonl") for split in tasks.SIZES)
     shape = (settings.block_size, settings.batch_size - settings.n_replay, settings.seed)
@@ -398,15 +376,16 @@ def read_material(settings, sources):
         dev = None
     show("examples", train)
     show("held out", dev or "none: too few of each channel, or too long")
-    return Material(base, tokenizer, train, dev, test, data)
+    return Material(tokenizer, train, dev, test, data)
 
 
-def identity_of(material, sources):
+def identity_of(settings, material):
     """What must be unchanged when a run is resumed: the text, the tokenizer and every file that it reads."""
-    files = [Path(sources[name]) for name in ("examples", "test") if sources[name]]
-    if not sources["examples"]:
-        files = sorted(tasks.FOLDER.glob("*.jsonl"))
-    files += sorted(material.base.glob("*.safetensors"))
+    files = sorted(Path(settings.base).glob("*.safetensors"))
+    if settings.examples:
+        files += [Path(name) for name in (settings.examples, settings.test) if name]
+    else:
+        files += sorted(tasks.FOLDER.glob("*.jsonl"))
     identity = {"tokenizer": material.tokenizer.fingerprint, "text of the base model": None}
     if material.data:
         identity["text of the base model"] = material.data.fingerprint
@@ -439,24 +418,23 @@ def parse_arguments():
     how.add_argument("--lora-rank", type=positive_int, metavar="R", help="learn an update of rank R only")
     how.add_argument("--lora-alpha", type=positive_float, help="the update is scaled by alpha / R (2 R)")
     how.add_argument("--beta", type=positive_float, help="dpo: the price of leaving the base model (0.1)")
-    how.add_argument("--likelihood", type=float, help="dpo: weight of the chosen answer's own loss (0)")
     how.add_argument("--lr", type=positive_float, help="learning rate of AdamW (by the model's width)")
     args = parser.parse_args()
-    refuse_with_resume(args, parser, allowed=("out", "device"))
+    refuse_with_resume(args, parser)
     if args.method == "dpo" and not (args.examples or args.resume):
         raise ValueError("--method dpo needs --examples with `prompt`, `chosen` and `rejected`")
     if args.test and not args.examples:
         raise ValueError("--test goes with --examples: the small tasks have a test of their own")
     if args.lora_alpha and not args.lora_rank:
         raise ValueError("--lora-alpha goes with --lora-rank")
-    for name in ("replay",) if args.method == "dpo" else ("beta", "likelihood"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"--{name} is of no use with --method {args.method}")
+    useless = "replay" if args.method == "dpo" else "beta"
+    if getattr(args, useless) is not None:
+        raise ValueError(f"--{useless} is of no use with --method {args.method}")
     return args
 
 
-def choose_settings(args, config, device):
-    """TuneSettings from the arguments and, where they are silent, from the model's shape and the device."""
+def choose_settings(args, base, config, device):
+    """TuneSettings from the arguments and, where they are silent, from the base model and the device."""
     _, world = rank_and_world()
     batch_size, rank = args.batch_size or 32, args.lora_rank or 0
     if (args.block_size or 1) > config.block_size:
@@ -483,13 +461,15 @@ def choose_settings(args, config, device):
         device=device,
         processes=world,
         deterministic=args.deterministic,
+        base=os.path.abspath(base),
+        data=args.data or data_of(base),
+        examples=args.examples and os.path.abspath(args.examples),
+        test=args.test and os.path.abspath(args.test),
         method=args.method,
         lora_rank=rank,
         lora_alpha=args.lora_alpha or 2.0 * rank,
         beta=args.beta or 0.1,
-        likelihood=args.likelihood or 0.0,
         n_replay=n_replay,
-        n_evals=N_EVALS,
         **schedule_settings(args),
     )
 
@@ -502,34 +482,27 @@ def limit_epochs(args, settings, examples):
     elif not args.steps and not args.minutes:
         settings.max_steps = most
     if settings.steps:
-        settings.warmup = max(1, min(50, settings.steps // 10))
         show("steps", f"{settings.steps:,}: each example {settings.steps / examples.per_epoch:.2g} times")
     elif settings.max_steps:
-        show(
-            "time",
-            f"{settings.minutes:g} minutes, or {most:,} steps if that is less: each example {EPOCHS} times",
-        )
+        steps = f"{most:,} steps if that is less: each example {EPOCHS} times"
+        show("time", f"{settings.minutes:g} minutes, or {steps}")
     else:
         show("time", f"{settings.minutes:g} minutes")
     if not args.steps and most < 50 and not args.minutes:
-        show(
-            "",
-            f"these are few and teach little: --epochs {math.ceil(100 / examples.per_epoch)} makes 100 steps",
-        )
+        enough = math.ceil(100 / examples.per_epoch)
+        show("", f"these are few and teach little: --epochs {enough} makes 100 steps")
 
 
 def show_plan(settings, material, model):
     """Print what was chosen, before the first step."""
     n = sum(p.numel() for p in model.parameters())
     n_learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    show("model", f"{os.path.relpath(material.base)}: {n_learning:,} of {n:,} parameters learn")
+    show("model", f"{os.path.relpath(settings.base)}: {n_learning:,} of {n:,} parameters learn")
     show("device", f"{settings.device} with {torch.get_num_threads()} threads; {settings.dtype} products")
     if settings.method == "sft":
         of = material.data.name if material.data else "nothing: no text of the base model (--data)"
-        show(
-            "replay",
-            f"{settings.n_replay / settings.batch_size:.0%} of each batch from {of}, against forgetting",
-        )
+        share = settings.n_replay / settings.batch_size
+        show("replay", f"{share:.0%} of each batch from {of}, against forgetting")
     show("rate", f"AdamW {settings.lr:g}: up, constant, the last 60 % down to zero")
 
 
@@ -540,34 +513,30 @@ def write_model(folder, model, settings, material):
     """Write a model folder; with LoRA the merged model, and the adapter in a folder of its own."""
     weights = model.state_dict()
     if settings.lora_rank:
-        base = os.path.relpath(material.base)
+        base = os.path.relpath(settings.base)
         save_adapter(folder / "adapter", weights, settings.lora_rank, settings.lora_alpha, base)
         weights = merge(weights, settings.lora_alpha / settings.lora_rank)
     im_end = material.tokenizer.special_tokens["<|im_end|>"]
-    ends = sorted(end_ids(material.base, material.tokenizer) - {im_end})
+    ends = sorted(end_ids(settings.base, material.tokenizer) - {im_end})
     model.save(folder, material.tokenizer, weights, [*ends, im_end])
 
 
 def base_bpb(model, material, settings, n_tokens=None):
     """Bits per byte of the base model's own text, of about n_tokens (None: all held out); None: unknown text.
 
-    What it rises by was forgotten.
+    A rise is forgetting.
     """
     if material.data is None:
         return None
-    n_blocks = n_tokens and max(1, n_tokens // model.config.block_size)
     with autocast(settings):
-        return bits_per_byte(model, material.data.val, material.tokenizer.bytes_per_token, n_blocks)
+        return bits_per_byte(model, material.data.val, material.tokenizer.bytes_per_token, n_tokens)
 
 
-def judge(model, material):
-    """The answers to the test questions, of the first process; the others need none."""
+def measure(model, material, settings):
+    """What a run shall change: the answers to the test, in the first process alone, and bits per byte."""
     rank, _ = rank_and_world()
-    if rank > 0:
-        return []
-    tokenizer = material.tokenizer
-    longest = max((len(tokenizer.encode(example.answer)) for example in material.test), default=0) + 8
-    return answer(model, tokenizer, [example.question for example in material.test], longest)
+    answers = answer(model, material.tokenizer, material.test) if rank == 0 else []
+    return {"answers": answers, "bpb": base_bpb(model, material, settings)}
 
 
 def count_targets(targets):
@@ -605,53 +574,26 @@ def evaluate(objective, measures, material, settings):
     sums = torch.zeros(len(dev.channels), 1 + len(measures), dtype=torch.float64)
     model.eval()
     for indices in dev.by_length(settings.micro_batch * world):
-        *batch, channels = arrange(dev.tensors(indices, rank, world), settings)
+        ids, targets, channels = dev.tensors(indices, rank, world)
         with autocast(settings):
-            _, rows = objective(*(tensor.to(settings.device) for tensor in batch))
-        found = torch.cat((count_targets(batch[1])[:, None], rows.view(len(rows), -1).cpu()), 1)
+            _, rows = objective(ids.to(settings.device), targets.to(settings.device))
+        found = torch.cat((count_targets(targets)[:, None], rows.view(len(rows), -1).cpu()), 1)
         sums.index_add_(0, channels, found.double())
     model.train()
     return averages("val", measures, dev.channels, sum_over_processes(sums))
 
 
-def arrange(tensors, settings):
-    """What Examples.tensors gives -> what the objective reads, then the channels."""
-    ids, targets, references, channels = tensors
-    if settings.method == "dpo":
-        return ids, targets, references, channels
-    return ids[:, 0], targets[:, 0], channels
-
-
-class Batches:
-    """The batches of a run: examples and, against forgetting, blocks of the base model's own text."""
-
-    def __init__(self, material, settings):
-        self.examples, self.settings, self.blocks = material.train, settings, None
-        self.channels = list(self.examples.channels)
-        if settings.n_replay:
-            self.blocks = Blocks(material.data.train, settings.block_size, settings.seed)
-            self.channels.append(REPLAYED)
-
-    def read(self, step):
-        """This process's part of the batch of a step: what the objective reads, then the channels."""
-        rank, world = rank_and_world()
-        batch = arrange(self.examples.batch(step, rank, world), self.settings)
-        if self.blocks is None:
-            return batch
-        ids, targets, channels = batch
-        T = ids.size(1)  # of the blocks, as much as the examples are long
-        more_ids, more_targets = self.blocks.batch(step, self.settings.n_replay, rank, world)
-        replayed = torch.full([len(more_ids)], len(self.channels) - 1)
-        return (
-            torch.cat((ids, more_ids[:, :T])),
-            torch.cat((targets, more_targets[:, :T])),
-            torch.cat((channels, replayed)),
-        )
-
-    def longest(self):
-        """As many rows as a process computes at a time, each of them the longest example."""
-        *batch, _ = arrange(self.examples.tensors(self.examples.by_length(1)[-1]), self.settings)
-        return [tensor.repeat_interleave(self.settings.micro_batch, 0) for tensor in batch]
+def read_batch(step, examples, blocks, settings):
+    """This process's ids, targets and channels of a step; with blocks, the last channel is replayed text."""
+    rank, world = rank_and_world()
+    ids, targets, channels = examples.batch(step, rank, world)
+    if blocks is None:
+        return ids, targets, channels
+    T = ids.size(1)  # of the blocks, as much as the examples are long
+    more_ids, more_targets = blocks.batch(step, settings.n_replay, rank, world)
+    replayed = torch.full([len(more_ids)], len(examples.channels))
+    ids, targets = torch.cat((ids, more_ids[:, :T])), torch.cat((targets, more_targets[:, :T]))
+    return ids, targets, torch.cat((channels, replayed))
 
 
 def tune(settings, material, model, out, fixed, state=None):
@@ -665,15 +607,19 @@ def tune(settings, material, model, out, fixed, state=None):
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     optimizer.param_groups[0]["initial_lr"] = settings.lr
-    if settings.method == "dpo":
-        measures, objective = MEASURES, PreferenceLoss(model, settings.beta, settings.likelihood)
+    if settings.method == "dpo":  # also of a resumed run, the model is still the base model here
+        measures, objective = MEASURES, PreferenceLoss(model, settings.beta)
     else:
         measures, objective = ("loss",), NextTokenLoss(model)
-    batches = Batches(material, settings)
-    channels = batches.channels
-    prompt, _ = render(
-        tokenizer, (material.test or examples.examples)[0].question, add_generation_prompt=True
-    )
+    blocks, channels = None, examples.channels
+    if settings.n_replay:
+        blocks = Blocks(material.data.train, settings.block_size, settings.seed)
+        channels = [*channels, REPLAYED]
+    question = (material.test or examples.examples)[0].question
+    prompt, _ = render(tokenizer, question, add_generation_prompt=True)
+    *longest, _ = examples.tensors(examples.by_length(1)[-1] * settings.micro_batch)
+    fit_micro_batch(objective, longest, settings)
+
     step, tokens, seconds, best = 0, 0, 0.0, math.inf
     sums = torch.zeros(len(channels), 1 + len(measures), device=device)  # since the last line of the log
     if state:
@@ -681,38 +627,24 @@ def tune(settings, material, model, out, fixed, state=None):
         step, tokens, seconds, best = (state[name] for name in ("step", "tokens", "seconds", "best"))
         if rank == 0:
             sums += torch.tensor(state["sums"], device=device)
-            write_model(out, model, settings, material)
-        if step == settings.steps:
-            return step
     else:
         add_sample(out, model, tokenizer, prompt, step)
-
-    fit_micro_batch(objective, batches.longest(), settings)
-    pairs = [part for part in (examples, dev) if part and settings.method == "dpo"]
-    for i, part in enumerate(pairs):
-        if state:
-            part.references = state["references"][i]
-        else:
-            set_references(model, part, settings)
     wrapped = parallel(objective)
-    ahead = read_ahead(batches.read, step, pin_memory=device == "cuda")
     columns = [f"train_{name}" for name in measures[1:]] + [f"train_loss {name}" for name in channels]
     if dev:
         columns += [f"val_{name}" for name in measures] + [f"val_loss {name}" for name in dev.channels]
-    n_passes = (
-        2 if settings.lora_rank else 3
-    )  # forward, backward to the inputs and, if they learn, to the weights
+    # The passes are forward, backward to the inputs and, if all weights learn, backward to the weights.
+    n_passes = 2 if settings.lora_rank else 3
     log = Log(out, n_passes * model.config.flops_per_token(settings.block_size), settings, columns)
-    pace = Pace(settings, step, seconds, len(material.data.val) / EVAL_TOKENS if material.data else 1)
+    pace = Pace(settings, step, seconds, last_eval=1)
     saved, lap_tokens, stop = seconds, tokens, False
     with catch_signals() as stop_asked:
         while step != settings.steps and not stop:
             rate = learning_rate(step, pace.done, settings)
-            set_dropout(model, step, settings)
-            *batch, channel = next(ahead)
-            counts = count_targets(batch[1])
-            n_targets, n_tokens = sum_over_processes(torch.tensor([counts.sum(), batch[0].numel()])).tolist()
-            rows, norm = training_step(wrapped, [optimizer], batch, n_targets, rate, settings)
+            ids, targets, channel = read_batch(step, examples, blocks, settings)
+            counts = count_targets(targets)
+            n_targets, n_tokens = sum_over_processes(torch.tensor([counts.sum(), ids.numel()])).tolist()
+            rows, norm = training_step(wrapped, [optimizer], (ids, targets), n_targets, rate, settings)
             found = torch.cat((counts[:, None].to(rows), rows.view(len(rows), -1)), 1)
             sums.index_add_(0, channel.to(device), found)
             step, tokens = step + 1, tokens + int(n_tokens)
@@ -723,16 +655,14 @@ def tune(settings, material, model, out, fixed, state=None):
                 values = averages("train", measures, channels, sum_over_processes(sums.cpu()))
                 check_finite(values["train_loss"] + norm.item(), out)
                 sums.zero_()
-                values["tokens_per_second"] = (
-                    (tokens - lap_tokens) / (step - pace.lap_step) / pace.end_lap(step)
-                )
+                tokens_per_step = (tokens - lap_tokens) / (step - pace.lap_step)
                 values.update(step=step, tokens=tokens, lr=rate * settings.lr, grad_norm=norm.item())
+                values["tokens_per_second"] = tokens_per_step / pace.end_lap(step)
                 details = shown(values, "train", channels)
                 pace.decide_steps(step)
 
             if evaluating:
-                n_tokens = None if step == settings.steps else EVAL_TOKENS
-                values["val_bpb"] = base_bpb(model, material, settings, n_tokens)
+                values["val_bpb"] = base_bpb(model, material, settings, EVAL_TOKENS)
                 if dev:
                     values.update(evaluate(objective, measures, material, settings))
                     check_finite(values["val_loss"], out)
@@ -753,9 +683,8 @@ def tune(settings, material, model, out, fixed, state=None):
                 if rank == 0:
                     state = dict(fixed, settings=asdict(settings), step=step, tokens=tokens, best=best)
                     state.update(seconds=pace.seconds, sums=total.tolist())
-                    state["references"] = [part.references for part in pairs]
-                    save_state(out, state, model, [optimizer])
                     write_model(out, model, settings, material)
+                    save_state(out, state, model, [optimizer])
                 saved = pace.seconds
             if logging:
                 pace.begin_lap(step, evaluating)
@@ -764,84 +693,64 @@ def tune(settings, material, model, out, fixed, state=None):
 
 
 def main():
+    """Start or resume a run -> the exit status: 0, or 130 if it was stopped."""
     args = parse_arguments()
-    out, state = Path(args.out).resolve() if args.out else None, None
-    if args.resume:
-        out = find_run(out, "finetune.py")
-        state = read_state(out)
-        args.deterministic = state["settings"]["deterministic"]
-        args.device = args.device or state["settings"]["device"]
+    out, state = open_run(args, "finetune.py")
     device = start(args.device, args.deterministic)
-    rank, world = rank_and_world()
+    rank, _ = rank_and_world()
     if state:
-        sources, settings = state["sources"], TuneSettings(**state["settings"])
-        base = Path(sources["base"])
-        settings.device, settings.processes = device, world
-        model = open_base(base, device, settings.lora_rank)
+        settings = TuneSettings(**state["settings"])
+        move_settings(settings, device, settings.n_replay or settings.batch_size)
+        model = open_base(settings.base, device, settings.lora_rank)
     else:
-        base = Path(args.model) if args.model else newest_base()
+        base = args.model or newest_base()
         model = open_base(base, device, args.lora_rank)
-        settings = choose_settings(args, model.config, device)
-        paths = {"base": base, "examples": args.examples, "test": args.test}
-        sources = {name: path and os.path.abspath(path) for name, path in paths.items()}
-        sources["data"] = args.data or data_of(base)
+        settings = choose_settings(args, base, model.config, device)
         suffix = "chat" if settings.method == "sft" else "dpo"
-        out = out or OUT / f"{base.resolve().name}-{suffix}"
-    if rank == 0 and not sources["examples"]:
+        out = out or OUT / f"{Path(base).resolve().name}-{suffix}"
+    if rank == 0 and not settings.examples:
         tasks.find_tasks()
     from_first_process(0)  # the others wait
-    material = read_material(settings, sources)
+    material = read_material(settings)
     if args.dry_run:
         material.train.show(material.tokenizer)
-        return
-    identity = identity_of(material, sources)
+        return 0
     if settings.lora_rank:
         torch.manual_seed(settings.seed)
         add_lora(model, settings.lora_rank, settings.lora_alpha)
-
-    held = None  # the folder is locked as long as this file is open
-    place = os.path.relpath(out)
+    place, identity = os.path.relpath(out), identity_of(settings, material)
     if state:
         refuse_changes(state, identity)
-        finished = state["step"] == settings.steps and (out / "results.json").exists()
-        if finished:
+        if state["step"] == settings.steps and (out / "results.json").exists():
             print(f"{place} is finished: {settings.steps:,} steps, nothing is left to do")
-            return
+            return 0
         show("resumed", f"{place} after step {state['step']:,}")
-        if rank == 0:
-            held = lock(out)
-        fixed = {name: state[name] for name in ("script", "data", "sources", "identity", "before")}
     else:
         limit_epochs(args, settings, material.train)
         show_plan(settings, material, model)
-        for name in ("base", "examples", "test"):
-            if sources[name] and out in (Path(sources[name]), *Path(sources[name]).parents):
-                raise ValueError(f"{out} holds what is read, {sources[name]}: choose another --out")
-        if rank == 0:
-            held = make_folder(out)
-        before = {"answers": judge(model, material), "bpb": base_bpb(model, material, settings)}
-        fixed = {"script": "finetune.py", "data": sources["data"], "sources": sources, "identity": identity}
-        fixed["before"] = before
+        for path in filter(None, (settings.base, settings.examples, settings.test)):
+            if out in (Path(path), *Path(path).parents):
+                raise ValueError(f"{out} holds what is read, {path}: choose another --out")
 
-    step = tune(settings, material, model, out, fixed, state)
-    if step == settings.steps:
-        before = fixed["before"]
-        answers = {"base": before["answers"], "tuned": judge(model, material)}
-        bpb = {"before": before["bpb"], "after": base_bpb(model, material, settings)}
+    with claim(out, new=state is None):
+        if state:
+            fixed = {name: state[name] for name in ("script", "data", "identity", "before")}
+        else:
+            before = measure(model, material, settings)
+            fixed = dict(script="finetune.py", data=settings.data, identity=identity, before=before)
+        step = tune(settings, material, model, out, fixed, state)
+        if step != settings.steps:
+            print(f"\nstopped after step {step:,}; to go on: python finetune.py --resume --out {place}")
+            return 130
+        after = measure(model, material, settings)
         if rank == 0:
-            report(material, answers, bpb, out)
-        if material.data:
-            change = f"{bpb['before']:.4f} bits per byte before, {bpb['after']:.4f} now"
-            print(f"\nthe base model's own text, {material.data.name}: {change}")
-        print(f"the model is in {place}/\nnext: python sample.py --chat --model {place}")
-    else:
-        print(f"\nstopped after step {step:,}; to go on: python finetune.py --resume --out {place}")
+            report(material, fixed["before"], after, out)
+    if material.data:
+        change = f"{fixed['before']['bpb']:.4f} bits per byte before, {after['bpb']:.4f} now"
+        print(f"\nthe base model's own text, {material.data.name}: {change}")
+    print(f"the model is in {place}/\nnext: python sample.py --chat --model {place}")
     from_first_process(0)  # the others wait for its report
-    leave_processes()
-    if held:
-        held.close()
-    if step != settings.steps:
-        sys.exit(130)
+    return 0
 
 
 if __name__ == "__main__":

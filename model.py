@@ -4,8 +4,9 @@
 
 This is the Llama architecture (Touvron et al., 2023) with the names of Hugging Face's LlamaForCausalLM, so
 transformers and vLLM open its folders, and it opens those of Llama, Mistral, SmolLM, Yi, Qwen2 and Qwen3.
-On a first reading, start at `Config` and stop after `Transformer.loss`; skip "the loss in pieces" and what
-follows.
+On a first reading, read from `Config` to `Transformer.loss`. Letters in the comments on shapes: B texts of T
+tokens, C channels (n_embd), H query heads, K key/value heads, D channels of a head, V tokens in the
+vocabulary, S tokens that attention sees, with those in the cache.
 """
 
 import json
@@ -140,9 +141,10 @@ class Config:
         return 2 * n_multiplied + 4 * self.n_layer * self.n_head * self.head_dim * length
 
 
-# Shapes without a vocabulary. Heads of 64 channels suit attention kernels. The three matrices of an MLP 8/3
-# as wide as the stream weigh as much as two of 4 times its width (Shazeer, 2020). nano is for 3 minutes on 2
-# CPU cores, micro for an hour; small, medium and large have the depth and width of GPT-2's models.
+# Shapes without a vocabulary. Heads of 64 channels suit attention kernels. Three matrices of an MLP 8/3 as
+# wide as the stream have as many weights as two of 4 times its width (Shazeer, 2020); medium and large are
+# wider, since they have fewer key/value heads. nano is for 3 minutes on 2 CPU cores, micro for an hour;
+# small, medium and large have the depth and width of GPT-2's models.
 PRESETS = {
     "nano": dict(n_layer=4, n_head=3, n_kv_head=3, n_embd=192, n_hidden=512),
     "micro": dict(n_layer=8, n_head=6, n_kv_head=3, n_embd=384, n_hidden=1024),
@@ -160,7 +162,7 @@ def rope(positions, config, dtype):
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
     frequencies = 1 / config.rope_theta ** (pairs / config.head_dim)
     if config.rope_scaling:
-        # Llama 3.1: pairs that turn slowly within the first training's context are slowed down by `factor`.
+        # Llama 3.1: pairs that turn slowly within the original context are slowed down by `factor`.
         scaling = config.rope_scaling
         turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -173,8 +175,8 @@ def rope(positions, config, dtype):
 def apply_rope(x, cos, sin):
     """Rotate each pair (i, i + D/2) of x by the angle of its position.
 
-    x (B, H, T, D); cos, sin (T, D/2) or (B, 1, T, D/2). After it, q at position m and k at position n meet in
-    a dot product that depends on m - n alone (Su et al., 2021, eq. 16). Half-split layout, as in Llama.
+    x (B, H, T, D); cos, sin (T, D/2) or (B, 1, T, D/2). After it, the dot product of q at position m and k at
+    position n knows the positions only as m - n (Su et al., 2021, eq. 16). Half-split layout, as in Llama.
     """
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
@@ -206,14 +208,15 @@ class Attention(nn.Module):
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if append is not None:
             k, v = append(k, v)  # (B, K, S, D), with all positions before
+        # What follows is softmax(q @ k.mT / sqrt(D), masked) @ v; H / K query heads share one k and v.
         if mask is None:
             with torch.autocast("cpu", enabled=False):  # on a CPU, attention is far slower in bfloat16
                 y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), is_causal=True, enable_gqa=True)
         else:
             # The heads of a group become further query positions: CUDA is slow with enable_gqa and a mask.
-            q = q.reshape(B, k.size(1), -1, self.head_dim)  # (B, K, G*T, D)
+            q = q.reshape(B, k.size(1), -1, self.head_dim)  # (B, K, H/K * T, D)
             if T > 1:
-                mask = mask.repeat(1, 1, q.size(2) // T, 1)  # (B, 1, G*T, S)
+                mask = mask.repeat(1, 1, q.size(2) // T, 1)  # (B, 1, H/K * T, S)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             y = y.view(B, -1, T, self.head_dim)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -274,10 +277,11 @@ class KVCache:
         self.span += T
 
     def begin(self, T):
-        """Start to read T tokens -> their positions (B, 1, T), and the mask (B, 1, T, S) or None for causal.
+        """Count T new tokens -> their positions (B, 1, T), and the mask (B, 1, T, S) or None for causal.
 
-        A compiled step attends to the whole cache, so that one graph serves every position; its caller calls
-        `reserve` itself, since a graph runs no Python.
+        Called once in a forward pass; `append` follows in each layer. A compiled step attends to the whole
+        cache, so that one graph serves every position; its caller calls `reserve`, since a graph runs no
+        Python.
         """
         if torch.compiler.is_compiling():
             S = self.max_len
@@ -293,8 +297,8 @@ class KVCache:
     def append(self, layer, positions, mask, k, v):
         """Write a layer's new k, v (B, K, T, D) at their positions; return those of all S, (B, K, S, D)."""
         rows = torch.arange(len(k), device=k.device)[:, None]
-        self.k[layer][rows, :, positions[:, 0]] = k.transpose(1, 2)
-        self.v[layer][rows, :, positions[:, 0]] = v.transpose(1, 2)
+        self.k[layer].transpose(1, 2)[rows, positions[:, 0]] = k.transpose(1, 2)  # (B, T, K, D)
+        self.v[layer].transpose(1, 2)[rows, positions[:, 0]] = v.transpose(1, 2)
         S = k.size(2) if mask is None else mask.size(-1)
         return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
 
@@ -317,7 +321,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         C, V = config.n_embd, config.vocab_size
-        self.model = nn.ModuleDict()
+        self.model = nn.ModuleDict()  # for Hugging Face's names, such as "model.layers.0.mlp.up_proj.weight"
         self.model.embed_tokens = nn.Embedding(V, C)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.model.norm = nn.RMSNorm(C, config.norm_eps)
@@ -326,8 +330,9 @@ class Transformer(nn.Module):
 
     def init_weights(self):
         """Draw fresh weights that start as an even guess over the vocabulary, a loss of ln V."""
-        # What writes into the stream (o_proj, down_proj) starts at zero, so each block is the identity. A
-        # tied head then gives each token *itself* a score of C * std; with std = 1/C that is at most 1.
+        # What writes into the stream (o_proj, down_proj) starts at zero, so each block is the identity. With
+        # a tied head, the input token itself then scores C * std or less as the next one: std = 1/C makes
+        # that 1, near an even guess.
         C = self.config.n_embd
         for name, p in self.named_parameters():
             if "norm" in name:
@@ -366,21 +371,18 @@ class Transformer(nn.Module):
         """ids (B, T) -> logits (B, T, V): at each position the scores of the token that comes next."""
         return self.head(self.hidden(ids, cache))
 
-    def loss(self, ids, targets, reduction="mean"):
-        """Cross-entropy in nats of targets (B, T) given ids (B, T); a target of -100 is left out.
+    def loss(self, ids, targets):
+        """The mean cross-entropy in nats of targets (B, T) given ids (B, T); a target of -100 is left out."""
+        total, _ = self.summed_loss(ids, targets)
+        return total / (targets != -100).sum().clamp(min=1)
 
-        reduction: "mean", "sum", or "rows" for the sum and the sum of each row (B,), without a gradient.
-        """
-        if reduction not in ("mean", "sum", "rows"):
-            raise ValueError(f'reduction {reduction!r} must be "mean", "sum" or "rows"')
+    def summed_loss(self, ids, targets):
+        """The sum over all targets, see `loss`, and without a gradient the sums of the rows (B,)."""
         x = self.hidden(ids).flatten(0, 1)  # (B*T, C)
         weight = (self.lm_head or self.model.embed_tokens).weight
+        # F.cross_entropy(self.head(x), targets) without ever holding all logits
         total, losses = LossInPieces.apply(x, weight, targets.flatten(), torch.is_grad_enabled())
-        if reduction == "rows":
-            return total, losses.view(targets.shape).sum(1)
-        if reduction == "sum":
-            return total
-        return total / (targets != -100).sum().clamp(min=1)
+        return total, losses.view(targets.shape).sum(1)
 
     def save(self, folder, tokenizer=None, weights=None, end_ids=None):
         """Write a model folder that `load` and transformers open.
@@ -434,8 +436,8 @@ class LossInPieces(torch.autograd.Function):
     """Cross-entropy of F.linear(x, weight) without ever holding all logits.
 
     The float32 logits of a batch can outweigh everything else in a training step. Here they exist for a few
-    rows at a time, and the gradient d loss / d logits = softmax(logits) - onehot(target) is carried on to x
-    and weight at once.
+    rows at a time: d loss / d logits = softmax(logits) - onehot(target) is multiplied into the gradients of x
+    and weight at once, and then the piece is freed.
     """
 
     @staticmethod

@@ -1,6 +1,6 @@
 """Stage 4: a model at work. Feed in the newest token, draw the next one from the scores, and so on.
 
-    logits -> repetition penalty -> / temperature -> top-k, top-p, min-p -> probabilities -> one token -> text
+    logits -> / temperature -> top-k, top-p -> probabilities -> one token -> text
 
 `generate` is the loop. It serves a stream of text, a conversation and a file of prompts; only text goes to
 stdout. On a first reading, stop after `generate` and `TextStream`.
@@ -13,7 +13,6 @@ stdout. On a first reading, stop after `generate` and `TextStream`.
 
 import argparse
 import codecs
-import copy
 import json
 import math
 import os
@@ -32,8 +31,7 @@ from model import KVCache, Transformer, choose_device, fast_dtype
 from tokenizer import Tokenizer, render
 
 OUT = Path(__file__).resolve().parent / "out"
-PROMPTS = {"pystdlib": "def ", "shakespeare": "ROMEO:\n", "tinystories": "Once upon a time"}  # by data
-# Numbers in a matrix up to which, for one row, the packed product takes longer to start than to run.
+# With up to this many weights, a packed product with one row takes longer to start than to run.
 SMALL = 2**18
 
 
@@ -47,8 +45,6 @@ class Sampling:
     temperature: float = 0.8  # scores are divided by it; 0: always the likeliest token
     top_k: int = 0  # draw from the k likeliest tokens; 0: from all
     top_p: float = 0.9  # draw from the likeliest tokens that together reach this probability
-    min_p: float = 0.0  # draw from tokens at least this fraction as likely as the likeliest one
-    repetition_penalty: float = 1.0  # above 1: tokens that were read or drawn before become less likely
 
     def __post_init__(self):
         least = 1e-30  # below it a float32 may become zero
@@ -58,32 +54,16 @@ class Sampling:
             raise ValueError(f"top-k {self.top_k} must be a number of tokens, or 0 for all")
         if not least <= self.top_p <= 1:
             raise ValueError(f"top-p {self.top_p} is outside (0, 1]")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min-p {self.min_p} is outside [0, 1]")
-        if not 0.01 <= self.repetition_penalty <= 100:
-            raise ValueError(f"repetition penalty {self.repetition_penalty} is outside [0.01, 100]")
-
-
-def penalize(logits, seen, penalty):
-    """Divide the scores of tokens that were seen, a mask (B, V), by the penalty; multiply negative ones."""
-    # Keskar et al. (2019, CTRL, sec. 4.1) divide all, but that would reward tokens with negative scores.
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def keep_only(logits, order, kept):
-    """Set all scores to -inf but those of the tokens `order` (B, k) where `kept` (B, k) is True."""
-    values = logits.gather(-1, order).masked_fill(~kept, -math.inf)
-    return torch.full_like(logits, -math.inf).scatter(-1, order, values)
 
 
 def keep_top_k(logits, k):
-    """Keep the k likeliest tokens of each row (Fan et al., 2018); exactly k, also when some are equal."""
-    order = logits.topk(min(k, logits.size(-1))).indices
-    return keep_only(logits, order, torch.ones_like(order, dtype=torch.bool))
+    """Set all scores of a row to -inf but the k highest, and those equal to the last (Fan et al., 2018)."""
+    highest = logits.topk(min(k, logits.size(-1))).values  # (B, k), falling
+    return logits.masked_fill(logits < highest[:, -1:], -math.inf)
 
 
 def keep_top_p(logits, top_p, k=1024):
-    """Keep the likeliest tokens that together reach probability top_p (Holtzman et al., 2020)."""
+    """Keep the scores of the likeliest tokens that together reach top_p (Holtzman et al., 2020)."""
     # On a CPU, sorting a large vocabulary takes as long as a small model; mostly the k likeliest suffice.
     # A GPU sorts fast, and asking whether they suffice would make it wait.
     V = logits.size(-1)
@@ -93,32 +73,25 @@ def keep_top_p(logits, top_p, k=1024):
     if k < V and probabilities.sum(-1).min() < top_p:
         return keep_top_p(logits, top_p, V)
     before = probabilities.cumsum(-1) - probabilities  # the sum over likelier tokens
-    return keep_only(logits, order, before < top_p)
-
-
-def keep_min_p(logits, min_p):
-    """Keep tokens at least min_p times as likely as the likeliest one (Nguyen et al., 2024)."""
-    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -math.inf)
+    values = values.masked_fill(before >= top_p, -math.inf)
+    return torch.full_like(logits, -math.inf).scatter(-1, order, values)
 
 
 def probabilities_of(logits, sampling):
-    """The distribution (B, V) from which a token is drawn, given scores (B, V)."""
+    """The distribution (B, V) from which a token is drawn, given scores (B, V), at a temperature above 0."""
     logits = logits.float()
-    if sampling.temperature == 0:
-        return nn.functional.one_hot(logits.argmax(-1), logits.size(-1)).float()
     logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # no overflow, however cold
     if sampling.top_k:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:
         logits = keep_top_p(logits, sampling.top_p)
-    if sampling.min_p > 0:
-        logits = keep_min_p(logits, sampling.min_p)
     return logits.softmax(-1)
 
 
 def draw(probabilities, generator):
     """One id per row of (B, V): the winner of a race in which token i arrives after an Exp(p_i) time."""
-    # P(i arrives first) = p_i. On a CPU this is four times as fast as torch.multinomial.
+    # -log(uniform) is Exp(1), divided by p_i it is Exp(p_i), and P(i arrives first) = p_i. On a CPU this is
+    # four times as fast as torch.multinomial.
     uniform = torch.rand(probabilities.shape, generator=generator, device=probabilities.device)
     return (probabilities / -uniform.log()).argmax(-1)
 
@@ -139,30 +112,14 @@ def make_cache(model, batch_size, max_len):
     return KVCache(model.config, batch_size, max_len, weight.device, weight.dtype)
 
 
-def repeat_rows(cache, n):
-    """A cache with each row n times in a row, to continue one prompt in n ways."""
-    repeated = copy.copy(cache)
-    repeated.k, repeated.v = cache.k.repeat_interleave(n, dim=1), cache.v.repeat_interleave(n, dim=1)
-    repeated.lengths = cache.lengths.repeat_interleave(n)
-    return repeated
-
-
 def prefill(model, cache, rows):
-    """Read rows, lists of ids of any lengths, into the cache -> the logits (B, V) behind the end of each."""
+    """Read rows, lists of ids of any lengths, into the cache -> the logits (B, V) after the end of each."""
     lengths = [len(row) for row in rows]
     padded = [row + row[-1:] * (max(lengths) - len(row)) for row in rows]
     before = cache.lengths.tolist()
     x = model.hidden(torch.tensor(padded, device=cache.k.device), cache)  # (B, T, C)
     cache.truncate([b + n for b, n in zip(before, lengths)])
     return model.head(x[range(len(rows)), [n - 1 for n in lengths]])
-
-
-def mark(rows, logits):
-    """Which tokens occur in each row, as a mask (B, V) like the logits."""
-    seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-    for mask, row in zip(seen, rows):
-        mask[row] = True
-    return seen
 
 
 def one_token(model, cache, ids):
@@ -184,40 +141,34 @@ def generate(
     max_new_tokens=64,
     stop_ids=(),
     seed=0,
-    n_samples=1,
     vocab_size=None,
     cache=None,
     compiled=False,
     **sampling,
 ):
-    """Continue prompts, lists of ids of any lengths but zero; yield at each step one new id per row.
+    """Continue prompts, lists of ids of any lengths but zero; yield at each step one new id per prompt.
 
-    Rows are the n_samples of the first prompt, then those of the second ... A row that draws one of stop_ids
-    has ended and yields None from then on. Ids from vocab_size on are never drawn; sampling: the fields of
-    Sampling. When the longest row has filled the context, all rows continue from their last half of it. With
-    a given cache, prompts continue what each row holds, until it is full. ValueError: unusable settings.
+    A row that draws one of stop_ids has ended and yields None from then on. Ids from vocab_size on are never
+    drawn; sampling: the fields of Sampling. When the longest row has filled the context, all rows continue
+    from their last half of it. With a given cache, prompts continue what each row holds, until it is full.
+    ValueError: unusable settings.
     """
     sampling = Sampling(**sampling)
-    if not prompts or not all(prompts) or n_samples < 1:
-        raise ValueError("generate needs a prompt, of at least one token, and a sample")
+    if not prompts or not all(prompts):
+        raise ValueError("generate needs a prompt, of at least one token")
     if cache is not None and len(cache.lengths) != len(prompts):
         raise ValueError(f"a cache of {len(cache.lengths)} rows does not go with {len(prompts)} prompts")
     device, context = model.model.norm.weight.device, model.config.block_size
     generator = torch.Generator(device).manual_seed(seed)
     rows = [list(prompt[-context:]) for prompt in prompts]
-    slides = cache is None  # past the end of the context
+    slides = cache is None  # whether to go on when the context is full
     if slides:
         longest = max(len(row) for row in rows)
         cache = make_cache(model, len(rows), min(context, longest + max_new_tokens))
     logits = prefill(model, cache, rows)
-    if n_samples > 1:  # one prefill serves all samples of a prompt
-        cache, logits = repeat_rows(cache, n_samples), logits.repeat_interleave(n_samples, 0)
-        rows = [list(row) for row in rows for _ in range(n_samples)]
     step = compile_step(cache) if compiled else one_token
     ended = [False] * len(rows)
     for n_made in range(1, max_new_tokens + 1):
-        if sampling.repetition_penalty != 1:
-            logits = penalize(logits, mark(rows, logits), sampling.repetition_penalty)
         new = next_tokens(logits[:, :vocab_size], sampling, generator)  # (B,)
         ids = new.tolist()
         ended = [end or i in stop_ids for end, i in zip(ended, ids)]
@@ -285,7 +236,6 @@ class TextStream:
         self.tokenizer, self.stops = tokenizer, stops
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.held = ""  # may be the start of a stop string
-        self.text = ""  # all that was shown
         self.ended = False
 
     def add(self, new):
@@ -301,7 +251,6 @@ class TextStream:
             text, self.ended = text[:begin], True
         n_held = 0 if self.ended else self.length_of_start(text)
         shown, self.held = text[: len(text) - n_held], text[len(text) - n_held :]
-        self.text += shown
         return shown
 
     def length_of_start(self, text):
@@ -340,31 +289,20 @@ def stream_samples(model, tokenizer, prompt, stops, n_samples, **settings):
     if len(ids) > context:
         print(f"the prompt has {len(ids):,} tokens: it is cut to its last {context:,}", file=sys.stderr)
         ids = ids[-context:]
-    streams = [TextStream(tokenizer, stops) for _ in range(n_samples)]
-    n_new, start, first = 0, time.perf_counter(), None
+    texts, n_steps, start = [""] * n_samples, 0, time.perf_counter()
     print(prompt, end="", flush=True)
     try:
-        for step in generate(model, [ids], n_samples=n_samples, **settings):
-            first = first or time.perf_counter()
-            n_new += sum(new is not None for new in step)
-            pieces = [stream.add(new) for stream, new in zip(streams, step)]
+        steps = generate(model, [ids] * n_samples, **settings)
+        for pieces in stream_text(tokenizer, steps, stops):
             print(pieces[0], end="", flush=True)
-            if all(stream.ended for stream in streams):
-                break
+            texts = [text + piece for text, piece in zip(texts, pieces)]
+            n_steps += 1
     finally:  # also after Ctrl-C
-        pieces = [stream.add(None) for stream in streams]
-        print(pieces[0], end="")
-        for stream in streams[1:]:
-            print(f"\n\n---\n\n{prompt}{stream.text}", end="")
+        for text in texts[1:]:
+            print(f"\n\n---\n\n{prompt}{text}", end="")
         print(flush=True)
-        now, first = time.perf_counter(), first or time.perf_counter()
-        speed = max(0, n_new - n_samples) / max(1e-9, now - first)
-        print(
-            f"prompt: {len(ids):,} tokens, {len(ids) / (first - start):,.0f} a second",
-            end="; ",
-            file=sys.stderr,
-        )
-        print(f"new: {n_new:,} tokens, {speed:,.0f} a second", file=sys.stderr)
+        speed = n_samples * n_steps / (time.perf_counter() - start)
+        print(f"{len(ids):,} tokens read; {speed:,.0f} a second written", file=sys.stderr)
 
 
 # --- chat ---
@@ -422,12 +360,9 @@ def converse(model, tokenizer, folder, stops, stop_ids, seed, **settings):
         import readline  # noqa: F401  gives input() its line editing and history
     end = tokenizer.special_tokens["<|im_end|>"]
     if end not in stop_ids:
-        print(
-            "this model was not taught to chat: it continues the text instead of answering", file=sys.stderr
-        )
-    with suppress(
-        OSError, ValueError, LookupError, AttributeError, TypeError
-    ):  # finetune.py leaves questions
+        print("this model was not taught to chat: it continues the text, it answers nothing", file=sys.stderr)
+    # finetune.py leaves questions in this file; with another program's, there is nothing to show.
+    with suppress(OSError, ValueError, LookupError, AttributeError, TypeError):
         questions = json.loads((folder / "results.json").read_bytes())["questions"].values()
         if questions:
             print("it answers questions like these, new to it:", *questions, sep="\n  ", file=sys.stderr)
@@ -595,18 +530,13 @@ def end_ids(folder, tokenizer):
     return set(tokenizer.special_tokens.values())
 
 
-def read_prompt(args, folder):
-    """The prompt: as given, from stdin (without its last line end), or one that suits the model's data."""
-    if args.prompt == "-" and sys.stdin is None:
+def read_prompt(text):
+    """The prompt: as given or, for "-", from stdin without its last line end."""
+    if text != "-":
+        return text
+    if sys.stdin is None:
         raise ValueError("--prompt - reads stdin, which is closed")
-    if args.prompt == "-":
-        return sys.stdin.read().removesuffix("\n")
-    if args.prompt is not None:
-        return args.prompt
-    for name, prompt in PROMPTS.items():
-        if folder.resolve().name.startswith(name):
-            return prompt
-    return ""
+    return sys.stdin.read().removesuffix("\n")
 
 
 def positive_int(text):
@@ -623,6 +553,13 @@ def positive_float(text):
     return float(text)
 
 
+def seed_number(text):
+    """A whole number that every generator takes, for argparse."""
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0 and below 2^32")
+    return int(text)
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Text from a model.", exit_on_error=False)
     add = parser.add_argument
@@ -631,7 +568,8 @@ def parse_arguments():
     add("--max-new-tokens", type=positive_int, default=256, help="length of a sample (256)")
     group = parser.add_argument_group("what to continue")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--prompt", metavar="TEXT", help='a text; "-" reads stdin, "" starts a new document (by the data)')
+    prompt_help = 'a text; "-" reads stdin, "" starts a new document (an empty line)'
+    add("--prompt", metavar="TEXT", default="\n", help=prompt_help)
     add("--chat", action="store_true", help="what you type, in turns")
     add("--prompts", metavar="FILE", help="many: .txt, one a line, or .jsonl with `prompt` or `messages`")
     add = group.add_argument
@@ -641,17 +579,13 @@ def parse_arguments():
     add("--temperature", type=float, default=0.8, help="0: always the likeliest token (0.8)")
     add("--top-k", type=int, default=0, help="from the k likeliest tokens only (0: from all)")
     add("--top-p", type=float, default=0.9, help="from the likeliest tokens that reach this in sum (0.9)")
-    add("--min-p", type=float, default=0.0, help="from those of this fraction of the likeliest one's (0)")
-    add("--repetition-penalty", type=float, default=1.0, help="above 1: less of what was there (1)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
-    add("--seed", type=int, default=0, help="equal seeds draw equal samples (0)")
+    add("--seed", type=seed_number, default=0, help="equal seeds draw equal samples (0)")
     add = parser.add_argument_group("speed").add_argument
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (as in the file)")
     add("--compile", action="store_true", help="on a GPU: fuse kernels, which pays in long runs")
     add("--device", help="cpu, cuda or mps (the fastest of this machine)")
     args = parser.parse_args()
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed {args.seed} must be from 0 to 2^63 - 1")
     if "" in args.stop:
         raise ValueError("an empty --stop would end every text at once")
     if bool(args.prompts) != bool(args.output):
@@ -665,13 +599,7 @@ def main():
     args = parse_arguments()
     for stream in filter(None, (sys.stdin, sys.stdout)):
         stream.reconfigure(errors="replace")  # a strange character must not end a text
-    sampling = {
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "min_p": args.min_p,
-        "repetition_penalty": args.repetition_penalty,
-    }
+    sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     Sampling(**sampling)  # refuses a mistake before the model is read
     folder = Path(args.model) if args.model else newest_model()
     device = choose_device(args.device)
@@ -689,7 +617,7 @@ def main():
         output = Path(args.output).resolve()
         answer_file(model, tokenizer, args.prompts, output, args.batch_size, args.stop, **settings)
     else:
-        stream_samples(model, tokenizer, read_prompt(args, folder), args.stop, args.n, **settings)
+        stream_samples(model, tokenizer, read_prompt(args.prompt), args.stop, args.n, **settings)
 
 
 if __name__ == "__main__":

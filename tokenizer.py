@@ -43,7 +43,7 @@ GPT4_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-# A word is a chunk of its own, without the space before it: a name has the same tokens wherever it stands.
+# A word is a chunk of its own, without the space before it: a name has the same tokens everywhere.
 WORDS_PATTERN = r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -51,7 +51,7 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 # --- learning merges ---
 
 
-def learn_merges(chunks, n_merges, log):
+def learn_merges(chunks, n_merges):
     """Learn up to n_merges merges from {chunk: count}; return them in order, as pairs of bytes.
 
     The most frequent pair wins; a tie goes to the smallest (left id, right id). Each chunk is kept as a str
@@ -69,8 +69,8 @@ def learn_merges(chunks, n_merges, log):
     heapify(heap)
     merges, tokens = [], list(BYTES)
     while heap and len(merges) < n_merges:
-        count, pair = heappop(heap)
-        if pair_counts[pair] != -count:  # outdated: the count has fallen since, so push it back
+        negative, pair = heappop(heap)
+        if pair_counts[pair] != -negative:  # outdated: the count has fallen since, so push it back
             if pair_counts[pair] > 0:
                 heappush(heap, (-pair_counts[pair], pair))
             continue
@@ -92,18 +92,17 @@ def learn_merges(chunks, n_merges, log):
                     after[tail[0]].append(i)
             if len(pieces) > 2:
                 doubled += [i] * pieces[1:-1].count("")
+        # x l r y -> x new y: "xl" becomes "x new", "ry" becomes "new y"; in l r l r, "rl" becomes "new new"
         changes = [(symbol + left, symbol + new, found) for symbol, found in before.items()]
         changes += [(right + symbol, new + symbol, found) for symbol, found in after.items()]
         changes += [(right + left, new + new, doubled)] if doubled else []
-        for gone, made, found in changes:  # x l r y -> x new y: "xl" becomes "x new", "ry" becomes "new y"
+        for gone, made, found in changes:
             count = sum(map(count_of, found))
             pair_counts[gone] -= count
             pair_counts[made] = count
             where[made] = found
             heappush(heap, (-count, made))
         del pair_counts[pair]
-        if len(merges) % 8192 == 0:
-            log(f"{len(merges):,} of {n_merges:,} merges")
     return merges
 
 
@@ -246,8 +245,6 @@ def read_patterns(pre_tokenizer):
                 patterns.append(pattern)
             case {"type": "Digits", "individual_digits": True}:
                 patterns.append(r"\p{N}")
-            case {"type": "Digits", "individual_digits": False}:
-                patterns.append(r"\p{N}+")
             case {"type": "ByteLevel", "add_prefix_space": False} if step is last:
                 if step.get("use_regex", True):
                     patterns.append(GPT2_PATTERN)
@@ -328,7 +325,7 @@ class Tokenizer:
             longest_first = sorted(literals, key=len, reverse=True)
             self._steps.insert(0, compile_splitter("|".join(map(regex.escape, longest_first))))
         pattern = covering(patterns[-1])
-        unused = {"<": len(ranks)}  # tiktoken is slower without any special token
+        unused = {"<": len(ranks)}  # never found in text, but tiktoken is slower without any
         self._encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens=unused)
 
     @property
@@ -366,7 +363,7 @@ class Tokenizer:
         log(f"{chunks.total():,} chunks, {len(chunks):,} different")
         gc.disable()  # there are millions of small objects, none of them in cycles
         try:
-            merges = learn_merges(chunks, vocab_size - least, log)
+            merges = learn_merges(chunks, vocab_size - least)
         finally:
             gc.enable()
         tokens = [*BYTES, *(left + right for left, right in merges)]
@@ -468,7 +465,7 @@ def render(tokenizer, messages, add_generation_prompt=False):
 
 
 def with_chat_tokens(tokenizer):
-    """The tokenizer itself or, if it lacks ChatML's tokens, one with these added behind its own."""
+    """The tokenizer itself or, if it lacks ChatML's tokens, one with these added after its own."""
     missing = [name for name in CHAT_TOKENS if name not in tokenizer.special_tokens]
     if not missing:
         return tokenizer
@@ -497,13 +494,9 @@ def merge_tree(token, halves):
 
 
 def show(tokenizer, text):
-    """Print the tokens of a text, in colour on a terminal, then their ids and how each is merged."""
+    """Print the tokens of a text, then their ids and how each is merged."""
     ids = tokenizer.encode(text)
-    pieces = [visible(tokenizer.tokens[i]) for i in ids]
-    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-        colours = (157, 222, 153, 217)
-        pieces = [f"\033[30;48;5;{colours[k % 4]}m{piece}\033[0m" for k, piece in enumerate(pieces)]
-    print("|".join(pieces))
+    print("|".join(visible(tokenizer.tokens[i]) for i in ids))
     for i in dict.fromkeys(ids):
         print(f"{i:8}  {merge_tree(tokenizer.tokens[i], tokenizer.halves)}")
     n_bytes = sum(len(tokenizer.tokens[i]) for i in ids)

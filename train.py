@@ -2,8 +2,8 @@
 
     loss = -mean log p(next token | tokens before)        weights <- weights - rate * f(gradient of the loss)
 
-The loop stands in `main`. What the model learns is measured in bits per byte of text that it never trains on.
-On a first reading, read "one step", "the optimizers" and `main`; skip the processes, saving and the log.
+The loop is in `train`. What the model learns is measured in bits per byte of text that it never trains on.
+On a first reading, read "one step", "the optimizers", `learning_rate`, `bits_per_byte` and `train`.
 
     python train.py                             prepare the default data if missing, train 3 minutes, sample
     python train.py --data NAME --preset small --minutes 30
@@ -27,19 +27,19 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from data.loader import IGNORED, Blocks, find_data, load_data, read_ahead, validation_batches
+from data.loader import IGNORED, Blocks, find_data, load_data, validation_batches
 from model import PRESETS, Config, Transformer, choose_device, fast_dtype, matmul_rate
-from sample import OUT, generate, positive_float, positive_int
+from sample import OUT, generate, positive_float, positive_int, seed_number
 
 EVAL_TOKENS = 2**14  # of validation text in each evaluation but the last, which takes all of it
 SAVE_SECONDS = 600  # the longest time between two saves
+WARMUP = 50  # steps
 STATE = "train_state.pt"  # what a run needs to be resumed
 
 
@@ -59,10 +59,8 @@ class Settings:
     minutes: float | None  # the budget; None: --steps gives the number of steps
     steps: int | None  # None: not decided yet, see decide_steps
     fall: float | None  # the step from which the learning rate falls
-    warmup: int  # steps
-    eval_every: int | None  # steps; None: n_evals times in the run
-    save_every: int | None  # steps; None: with every evaluation
-    n_evals: int = 10
+    n_evals: int  # evaluations in the run, each with a save
+    save_every: int | None  # steps between further saves
     max_steps: int | None = None  # the other limit beside minutes: finetune.py's epochs
     preset: str = ""
     weight_decay: float = 0.0
@@ -74,7 +72,7 @@ class Settings:
 
 
 class NextTokenLoss(nn.Module):
-    """The loss as a module: DistributedDataParallel sums gradients only for what its `forward` computed."""
+    """The loss as a module: DistributedDataParallel averages the gradients of what its `forward` computed."""
 
     def __init__(self, model):
         super().__init__()
@@ -82,7 +80,7 @@ class NextTokenLoss(nn.Module):
 
     def forward(self, ids, targets):
         """ids, targets (B, T) -> the loss, summed over all targets, and the sum of each row (B,)."""
-        return self.model.loss(ids, targets, reduction="rows")
+        return self.model.summed_loss(ids, targets)
 
 
 def autocast(settings):
@@ -93,15 +91,17 @@ def autocast(settings):
 def training_step(objective, optimizers, batch, n_targets, rate, settings):
     """One update from this process's part of a batch, with `rate` times the full learning rates.
 
-    The loss is summed over all micro-batches of all processes and divided by n_targets, so it is the mean
-    over the targets of the whole batch. Returns what objective measured in each row, and the gradient's norm;
-    both stay on the device, which is not waited for.
+    objective: a module such as NextTokenLoss. The loss is summed over all micro-batches of all processes and
+    divided by n_targets, so it is the mean over the targets of the whole batch. Returns what objective
+    measured in each row, and the gradient's norm; both stay on the device, so that nothing waits for a GPU.
     """
     _, world = rank_and_world()
     device = next(objective.parameters()).device
     pieces = list(zip(*(tensor.split(settings.micro_batch) for tensor in batch)))
     measured = []
     for i, piece in enumerate(pieces, 1):
+        if device.type == "cuda":
+            piece = [tensor.pin_memory() for tensor in piece]  # so that copying does not wait for the GPU
         piece = [tensor.to(device, non_blocking=True) for tensor in piece]
         accumulate = world > 1 and i < len(pieces)  # processes exchange gradients once, at the last piece
         with objective.no_sync() if accumulate else nullcontext():
@@ -171,16 +171,17 @@ def is_out_of_memory(error):
 def orthogonalize(X, dtype):
     """The orthogonal matrices nearest to X (n, rows, columns), roughly: singular values from 0.7 to 1.2.
 
-    Five steps of a Newton-Schulz iteration, whose polynomial rises steeply at zero (Jordan et al., 2024,
-    "Muon"). It needs only matrix products, and bfloat16 suffices where that is fast.
+    Five steps of a Newton-Schulz iteration, X <- a X + (b A + c A A) X with A = X X^T, which lifts small
+    singular values fast (Jordan et al., 2024, "Muon"). It needs only matrix products, and bfloat16 suffices
+    where that is fast.
     """
     tall = X.size(-2) > X.size(-1)
     X = (X.mT if tall else X).to(dtype)
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315)
-        X = torch.baddbmm(X, B, X, beta=3.4445)
+        B = torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315)  # b A + c A A
+        X = torch.baddbmm(X, B, X, beta=3.4445)  # a X + B X
     return X.mT if tall else X
 
 
@@ -203,14 +204,14 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     of_shape.setdefault(p.shape, []).append(p)
             for (rows, columns), params in of_shape.items():
-                directions = torch.stack([self.momentum(p, group["momentum"]) for p in params])
+                directions = torch.stack([self.look_ahead(p, group["momentum"]) for p in params])
                 directions = orthogonalize(directions, self.dtype)
-                lr = group["lr"] * math.sqrt(max(1, rows / columns))  # equal steps for all shapes
+                lr = group["lr"] * math.sqrt(max(1, rows / columns))  # for an equal change of the output
                 for p, direction in zip(params, directions):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(direction, alpha=-lr)
 
-    def momentum(self, p, beta):
+    def look_ahead(self, p, beta):
         """Nesterov's momentum: the running mean of the gradients, looking one step ahead."""
         if not self.state[p]:
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -249,9 +250,9 @@ def make_optimizers(model, lr, weight_decay, dtype):
 
 def learning_rate(step, done, settings):
     """The fraction of the full learning rate at a step, when a fraction `done` of the run is done."""
-    warm = (step + 1) / settings.warmup
     if settings.steps is None:
-        return min(1, max(warm, done / 0.05))  # on a slow machine, 5 % of the budget
+        return min(1, max((step + 1) / WARMUP, done / 0.05))  # on a slow machine, 5 % of the budget
+    warm = (step + 1) / min(WARMUP, max(1, settings.fall / 2))
     return min(1, warm, (settings.steps - step) / (settings.steps - settings.fall))
 
 
@@ -260,13 +261,11 @@ def fraction_done(step, seconds, settings):
     if settings.steps is None:
         by_steps = step / settings.max_steps if settings.max_steps else 0
         return max(by_steps, seconds / (60 * settings.minutes))
-    if step < settings.fall:
-        return 0.4 * step / settings.fall
     return 0.4 + 0.6 * (step - settings.fall) / (settings.steps - settings.fall)
 
 
 def passes(n, before, now):
-    """Whether a run passes from one of n equal parts to the next between two fractions done."""
+    """Whether a run, cut into n equal parts, comes to the end of one between two fractions done."""
     return math.floor(n * before + 1e-9) < math.floor(n * now + 1e-9)
 
 
@@ -277,7 +276,7 @@ class Pace:
     """
 
     def __init__(self, settings, step, seconds, last_eval):
-        """seconds: taken before. last_eval: how many times as long as another the last evaluation takes."""
+        """seconds: taken before. last_eval: how many times longer the last evaluation takes."""
         self.settings, self.last_eval = settings, last_eval
         self.began = time.perf_counter() - seconds
         self.seconds = seconds  # when the clock was last read
@@ -293,13 +292,9 @@ class Pace:
 
     def advance(self, step):
         """Count a step -> (evaluate now?, log now?)."""
-        settings, before = self.settings, self.done
-        self.done = fraction_done(step, self.read_clock(), settings)
-        evaluate = passes(settings.n_evals, before, self.done)
-        if settings.eval_every:
-            evaluate = step % settings.eval_every == 0
-        if step == settings.steps:
-            evaluate = True
+        before = self.done
+        self.done = fraction_done(step, self.read_clock(), self.settings)
+        evaluate = passes(self.settings.n_evals, before, self.done)
         return evaluate, evaluate or passes(100, before, self.done)
 
     def end_lap(self, step):
@@ -328,19 +323,16 @@ class Pace:
             return False
         left, each = 60 * settings.minutes - self.seconds, self.recent()
         evaluations = self.eval_seconds * (0.6 * settings.n_evals - 1 + self.last_eval)
-        if settings.eval_every:
-            each += self.eval_seconds / settings.eval_every
-            evaluations = self.eval_seconds * self.last_eval
         n = max(1, int((left - min(evaluations, left / 2)) / each))
         if settings.max_steps:
             n = max(1, min(n, settings.max_steps - step))
-        settings.steps, settings.fall, settings.warmup = step + n, step, min(step, settings.warmup)
+        settings.steps, settings.fall = step + n, step
         self.done = fraction_done(step, self.seconds, settings)
         show("steps", f"{settings.steps:,} in all, of {1000 * each:,.0f} ms; from here on the rate falls")
         return True
 
     def recent(self):
-        """Seconds per step of late: a median, which a moment's disturbance does not change."""
+        """Median seconds per step of the last laps; a short disturbance does not change it."""
         return statistics.median(self.step_seconds[-20:])
 
     def left(self, step):
@@ -351,7 +343,7 @@ class Pace:
 
 
 def set_dropout(model, step, settings, blocks=None):
-    """Prepare dropout for a step. Unless it is given, it is 0.1 from the tenth epoch on, against memorizing.
+    """Prepare dropout for a step. Unless it is given, it is 0.1 after ten epochs, against memorizing.
 
     Reseeds from (seed, step, process), so that no generator state has to be saved.
     """
@@ -361,23 +353,26 @@ def set_dropout(model, step, settings, blocks=None):
     for block in model.model.layers:
         block.dropout.p = dropout
     rank, _ = rank_and_world()
-    torch.manual_seed(((settings.seed * 1_000_003 + step + 1) * 8191 + rank) % 2**32)  # a CPU takes 32 bits
+    torch.manual_seed(((settings.seed * 1_000_003 + step + 1) * 8191 + rank) % 2**32)  # a CPU uses 32 bits
 
 
 # --- bits per byte ---
 
 
 @torch.no_grad()
-def bits_per_byte(model, tokens, bytes_per_token, n_blocks=None):
-    """Nats of all predicted tokens / ln 2 / their bytes, over n_blocks evenly spaced blocks (None: all)."""
+def bits_per_byte(model, tokens, bytes_per_token, n_tokens=None):
+    """Nats of all predicted tokens / ln 2 / their bytes, over about n_tokens of the text (None: all)."""
+    T, n_blocks = model.config.block_size, None
+    if n_tokens:
+        n_blocks = max(1, n_tokens // T)
     device, was_training = model.model.norm.weight.device, model.training
     sizes = torch.from_numpy(bytes_per_token).to(device)
     sums = torch.zeros(2, dtype=torch.float64)
     rank, world = rank_and_world()
     model.eval()
-    for ids, targets in validation_batches(tokens, model.config.block_size, n_blocks, rank=rank, world=world):
+    for ids, targets in validation_batches(tokens, T, n_blocks, rank=rank, world=world):
         ids, targets = ids.to(device), targets.to(device)
-        nats = model.loss(ids, targets, reduction="sum")
+        nats, _ = model.summed_loss(ids, targets)
         n_bytes = (sizes[targets.clamp(min=0)] * (targets != IGNORED)).sum()
         sums += torch.tensor([nats.item(), n_bytes.item()], dtype=torch.float64)
     model.train(was_training)
@@ -441,7 +436,7 @@ def from_first_process(value):
 
 
 def parallel(objective):
-    """The objective, such that processes add up their gradients."""
+    """The objective, such that processes average their gradients."""
     if not dist.is_initialized():
         return objective
     return nn.parallel.DistributedDataParallel(objective, gradient_as_bucket_view=True)
@@ -475,8 +470,8 @@ def make_folder(out):
     """Make an empty folder for a new run and lock it; a run that is there is moved to NAME.1, NAME.2 ..."""
     started = {".lock", ".unfinished", "samples.txt"}  # of a run that ended before its first line of the log
     if out.exists() and {path.name for path in out.iterdir()} - started:
-        if not any((out / name).exists() for name in ("config.json", "log.csv", STATE)):
-            raise ValueError(f"{out} exists and holds no model: choose another --out")
+        if not (out / "log.csv").exists():
+            raise ValueError(f"{out} exists and holds no run: choose another --out")
         held = lock(out)
         k = 1
         while (aside := out.with_name(f"{out.name}.{k}")).exists():
@@ -486,14 +481,19 @@ def make_folder(out):
         out.rename(aside)
         held.close()
         print(f"{os.path.relpath(out)} existed and is now {os.path.relpath(aside)}")
-        if (aside / STATE).exists():
-            state = read_state(aside, mmap=True)
-            if not is_finished(state):
-                how = f"python {state['script']} --resume --out {os.path.relpath(aside)}"
-                print(f"it stopped after step {state['step']:,}; to go on with it: {how}")
     out.mkdir(parents=True, exist_ok=True)
     held = lock(out)
     (out / "samples.txt").unlink(missing_ok=True)
+    return held
+
+
+def claim(out, new):
+    """Lock a run's folder, as long as the context lasts; a new run gets an empty one. One process does it."""
+    rank, _ = rank_and_world()
+    held = nullcontext()
+    if rank == 0:
+        held = make_folder(out) if new else lock(out)
+    from_first_process(0)  # the others wait
     return held
 
 
@@ -527,24 +527,22 @@ def read_state(out, mmap=False):
         raise ValueError(f"{out / STATE} is damaged: {' '.join(str(error).split()):.200}") from None
 
 
-def is_finished(state):
-    """Whether a run has taken all its steps."""
-    return state["step"] == state["settings"]["steps"]
+def open_run(args, script):
+    """The folder of --out, or None, and the saved state of the run to resume, or None.
 
-
-def find_run(out, script):
-    """The folder to resume: `out`, else the newest run of that script under out/, unfinished ones first."""
+    Without --out, --resume takes the newest run of that script under out/. ValueError: there is none.
+    """
+    out = Path(args.out).resolve() if args.out else None
+    if not args.resume:
+        return out, None
     folders = [out] if out else sorted(OUT.glob("*"), key=lambda run: run.stat().st_mtime, reverse=True)
-    finished = None
     for folder in folders:
         if (folder / STATE).exists():
-            state = read_state(folder, mmap=True)
-            if state["script"] == script and not is_finished(state):
-                return folder
+            state = read_state(folder)
             if state["script"] == script:
-                finished = finished or folder
-    if finished:
-        return finished
+                args.deterministic = state["settings"]["deterministic"]
+                args.device = args.device or state["settings"]["device"]
+                return folder, state
     where = os.path.relpath(out) if out else "out"
     raise ValueError(f"there is nothing to resume in {where}/: no saved run of {script}")
 
@@ -603,44 +601,21 @@ def check_finite(value, out):
         raise ValueError(f"the loss diverged: try a lower --lr; {found}")
 
 
-def peak_memory(device):
-    """The most bytes in use so far, of the GPU or of this process; 0 where the system does not tell."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 class Log:
     """The lines of a run: all in log.csv; on the screen those with an evaluation and, live, the newest."""
 
-    FORMATS = {
-        "step": "",
-        "tokens": "",
-        "seconds": ".2f",
-        "train_loss": ".4f",
-        "val_bpb": ".4f",
-        "lr": ".6f",
-        "grad_norm": ".4f",
-        "tokens_per_second": ".0f",
-        "mfu": ".3f",
-        "memory_mb": ".0f",
-    }
+    COLUMNS = ("step", "tokens", "seconds", "train_loss", "val_bpb", "lr", "grad_norm")
+    COLUMNS += ("tokens_per_second", "mfu")
 
     def __init__(self, out, flops_per_token, settings, more_columns=()):
         """flops_per_token: of training, for the share of the device's peak that a run makes use of (MFU)."""
-        self.device, self.tokens_at_peak = settings.device, peak_rate(settings) / flops_per_token
-        self.formats = self.FORMATS | dict.fromkeys(more_columns, ".4f")
+        self.tokens_at_peak = peak_rate(settings) / flops_per_token
         self.on_terminal = sys.stdout.isatty()
         rank, _ = rank_and_world()
         self.file = open(out / "log.csv" if rank == 0 else os.devnull, "a", newline="", encoding="utf-8")
-        self.rows = csv.writer(self.file)
+        self.rows = csv.DictWriter(self.file, [*self.COLUMNS, *more_columns])
         if self.file.tell() == 0:
-            self.rows.writerow(self.formats)
+            self.rows.writeheader()
             self.file.flush()
         heads = f"{'step':>8} {'loss':>8} {'val bpb':>8} {'lr':>8} {'tokens/s':>9} {'MFU':>5} {'left':>8}"
         print(f"\n{heads}", flush=True)
@@ -648,17 +623,13 @@ class Log:
     def write(self, values, left, keep, details=""):
         """Add a line of {column: value}; left: seconds; keep: stay on the screen; details: below the line."""
         values["mfu"] = values["tokens_per_second"] / self.tokens_at_peak
-        values["memory_mb"] = peak_memory(self.device) / 1e6
-        row = {}
-        for name, format_ in self.formats.items():
-            value = values.get(name)
-            row[name] = "" if value is None else format(value, format_)
-        self.rows.writerow(row.values())
+        known = {name: round(value, 6) for name, value in values.items() if value is not None}
+        self.rows.writerow(known)
         self.file.flush()
-        line = f"{values['step']:8,} {values['train_loss']:8.4f} {row['val_bpb']:>8} {values['lr']:8.5f} "
-        line += (
-            f"{values['tokens_per_second']:9,.0f} {values['mfu']:5.0%} {timedelta(seconds=round(left))!s:>8}"
-        )
+        bpb = f"{known['val_bpb']:.4f}" if "val_bpb" in known else ""
+        speed, left = values["tokens_per_second"], timedelta(seconds=round(left))
+        line = f"{values['step']:8,} {values['train_loss']:8.4f} {bpb:>8} {values['lr']:8.5f} "
+        line += f"{speed:9,.0f} {values['mfu']:5.0%} {left!s:>8}"
         if keep:
             print("\r\033[K" * self.on_terminal + line, flush=True)
             if details:
@@ -683,9 +654,8 @@ def add_sample(out, model, tokenizer, prompt, step):
     steps = generate(model, [prompt], 30, stop_ids=specials, top_p=1, vocab_size=tokenizer.vocab_size)
     text = tokenizer.decode(prompt + [new for (new,) in steps])
     model.train()
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     with open(out / "samples.txt", "a", encoding="utf-8") as file:
-        file.write(f"{step:8,}  {line}\n")
+        file.write(f"{step:8,}  {repr(text)[1:-1]}\n")
 
 
 # --- command line ---
@@ -694,7 +664,7 @@ def add_sample(out, model, tokenizer, prompt, step):
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Train a model on prepared data.", exit_on_error=False)
     what = parser.add_argument_group("what to train")
-    what.add_argument("--data", metavar="NAME", help="folder under data/ (pystdlib)")
+    what.add_argument("--data", metavar="NAME", default="pystdlib", help="folder under data/ (pystdlib)")
     what.add_argument("--preset", choices=PRESETS, help="size of the model (nano on a CPU, small on a GPU)")
     what.add_argument("--block-size", type=positive_int, metavar="TOKENS", help="tokens that it sees at once")
     what.add_argument("--dropout", type=below_one, help="share of each branch left out (0.1 after 10 epochs)")
@@ -703,7 +673,7 @@ def parse_arguments():
     how.add_argument("--lr", type=positive_float, help="learning rate of Muon; AdamW takes a tenth (0.03)")
     how.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on a GPU)")
     args = parser.parse_args()
-    refuse_with_resume(args, parser, allowed=("out", "data", "device"))
+    refuse_with_resume(args, parser)
     return args
 
 
@@ -717,8 +687,9 @@ def add_common_arguments(parser):
     limit.add_argument("--minutes", type=positive_float, help="time for steps and evaluations (3)")
     limit.add_argument("--steps", type=positive_int, help="their number instead: the same digits every time")
     run.add_argument("--batch-size", type=positive_int, metavar="ROWS", help="per step, over all processes")
-    run.add_argument("--eval-every", type=positive_int, metavar="STEPS", help="(a tenth of the run)")
-    run.add_argument("--save-every", type=positive_int, metavar="STEPS", help="(with every evaluation)")
+    evals_help = "how often the model is evaluated and saved (10; in a tenth of the minutes at most)"
+    run.add_argument("--evals", type=positive_int, default=10, metavar="N", help=evals_help)
+    run.add_argument("--save-every", type=positive_int, metavar="STEPS", help="save more often")
     run.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products (the fastest)")
     run.add_argument("--deterministic", action="store_true", help="exact on a GPU too, but slower")
     run.add_argument("--device", choices=("cpu", "cuda", "mps"), help="(the fastest of this machine)")
@@ -732,17 +703,10 @@ def below_one(text):
     return float(text)
 
 
-def seed_number(text):
-    """A whole number that every generator takes, for argparse."""
-    if not 0 <= int(text) < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 0 and below 2^32")
-    return int(text)
-
-
-def refuse_with_resume(args, parser, allowed):
-    """ValueError: --resume stands beside an option that the run has decided."""
+def refuse_with_resume(args, parser):
+    """ValueError: --resume was given with an option that the run has decided."""
     for name, value in vars(args).items():
-        if args.resume and name not in ("resume", *allowed) and value != parser.get_default(name):
+        if args.resume and name not in ("resume", "out", "device") and value != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')}: a resumed run keeps its settings, leave it out")
 
 
@@ -753,10 +717,10 @@ def choose_dtype(device):
 
 def schedule_settings(args):
     """The fields of Settings that say how long a run is; under --minutes most follow from the clock later."""
-    fields = dict(steps=args.steps, eval_every=args.eval_every, save_every=args.save_every)
+    fields = dict(steps=args.steps, n_evals=args.evals, save_every=args.save_every)
     if args.steps:
-        return fields | dict(minutes=None, fall=0.4 * args.steps, warmup=max(1, min(50, args.steps // 5)))
-    return fields | dict(minutes=args.minutes or 3, fall=None, warmup=50)
+        return fields | dict(minutes=None, fall=0.4 * args.steps)
+    return fields | dict(minutes=args.minutes or 3, fall=None)
 
 
 def choose_settings(args, device):
@@ -772,7 +736,7 @@ def choose_settings(args, device):
     batch_size = args.batch_size or batch_size
     if batch_size % world:
         raise ValueError(f"--batch-size {batch_size} cannot be shared evenly by {world} processes")
-    n_steps = args.steps or 1600 * (args.minutes or 3)  # the latter roughly, on two CPU cores
+    n_steps = args.steps or 1600 * (args.minutes or 3)  # a rough guess, for short blocks
     larger = min(2, math.sqrt(max(1, 400 / n_steps)))  # fewer than 400 steps have to be larger ones
     return Settings(
         seed=args.seed or 0,
@@ -806,11 +770,10 @@ def show_plan(settings, data):
         show("steps", f"{settings.steps:,}")
         show_text(settings, data)
     else:
-        show(
-            "time", f"{settings.minutes:g} minutes; how many steps fit is decided when 40 % of them are over"
-        )
+        rest = "the number of steps is set when 40 % of the time is over"
+        show("time", f"{settings.minutes:g} minutes; {rest}")
     rates = f"Muon {settings.lr:g}, AdamW {settings.lr / 10:g}"
-    show("rates", f"{rates}: {settings.warmup} steps up, constant, the last 60 % down to zero")
+    show("rates", f"{rates}: up in {WARMUP} steps or fewer, constant, the last 60 % down to zero")
     show("start", f"a loss of {math.log(V):.2f} = ln {V}: an even guess")
 
 
@@ -842,24 +805,26 @@ def identity_of(data):
     return {"text": data.fingerprint, "tokenizer": data.tokenizer.fingerprint}
 
 
-def saved_settings(state, out, device):
-    """The Settings of a run to resume, on this device and with this number of processes."""
+def move_settings(settings, device, n_rows):
+    """Bring a saved run's Settings to this device and number of processes.
+
+    ValueError: a batch has only n_rows rows, and each process needs one.
+    """
     _, world = rank_and_world()
-    settings = Settings(**state["settings"])
-    show("resumed", f"{os.path.relpath(out)} after step {state['step']:,}")
+    if world > n_rows:
+        raise ValueError(f"{world} processes are too many for this run: a batch has {n_rows} rows to share")
     if (settings.device, settings.processes) != (device, world):
         began = f"{settings.processes} x {settings.device}, now {world} x {device}"
         show("", f"it began on {began}: the same but for rounding and dropout")
         settings.device, settings.processes = device, world
-        settings.micro_batch = max(1, settings.batch_size // world)
-    return settings
+        settings.micro_batch = -(-settings.batch_size // world)
 
 
 def train(settings, data, out, state=None):
     """Train a model from its first step or, given the saved state of a run, from there on.
 
     Leaves in `out` what the section "save and resume" lists. Returns the number of steps taken, and the bits
-    per byte of all held-out text (None: it was not measured now).
+    per byte that were measured last, after the last step of all held-out text.
     """
     rank, world = rank_and_world()
     device, tokenizer = settings.device, data.tokenizer
@@ -868,7 +833,6 @@ def train(settings, data, out, state=None):
     model = Transformer(config).to(device).train()
     optimizers = make_optimizers(model, settings.lr, settings.weight_decay, getattr(torch, settings.dtype))
     blocks = Blocks(data.train, settings.block_size, settings.seed)
-    read_batch = partial(blocks.batch, batch_size=settings.batch_size, rank=rank, world=world)
     prompt = data.val[:8].tolist()
     step, seconds, best, bpb = 0, 0.0, math.inf, None
     loss_sum, n_summed = torch.zeros((), device=device), 0  # over the steps since the last line of the log
@@ -877,27 +841,24 @@ def train(settings, data, out, state=None):
         step, seconds, best, n_summed = (state[name] for name in ("step", "seconds", "best", "n_summed"))
         if rank == 0:
             loss_sum += state["loss_sum"]
-            model.save(out, tokenizer)  # in case the run was killed between its two saves
-        if step == settings.steps:
-            return step, None
     else:
         add_sample(out, model, tokenizer, prompt, step)
 
     objective = NextTokenLoss(model)
     if settings.compile:
         objective.compile(dynamic=False)
-    fit_micro_batch(objective, read_batch(step), settings)
+    fit_micro_batch(objective, blocks.batch(step, settings.batch_size, rank, world), settings)
     objective = parallel(objective)
-    batches = read_ahead(read_batch, step, pin_memory=device == "cuda")
     n_targets = settings.batch_size * settings.block_size  # in a step
     log = Log(out, 3 * config.flops_per_token(settings.block_size), settings)
-    pace = Pace(settings, step, seconds, len(data.val) / EVAL_TOKENS)
+    pace = Pace(settings, step, seconds, 1 + len(data.val) / EVAL_TOKENS)
     saved, stop = seconds, False
     with catch_signals() as stop_asked:
         while step != settings.steps and not stop:
             rate = learning_rate(step, pace.done, settings)
             set_dropout(model, step, settings, blocks)
-            losses, norm = training_step(objective, optimizers, next(batches), n_targets, rate, settings)
+            batch = blocks.batch(step, settings.batch_size, rank, world)
+            losses, norm = training_step(objective, optimizers, batch, n_targets, rate, settings)
             loss_sum += losses.sum()
             n_summed += 1
             step += 1
@@ -922,8 +883,7 @@ def train(settings, data, out, state=None):
 
             if evaluating:
                 with autocast(settings):
-                    n_blocks = max(1, EVAL_TOKENS // settings.block_size)
-                    bpb = bits_per_byte(model, data.val, tokenizer.bytes_per_token, n_blocks)
+                    bpb = bits_per_byte(model, data.val, tokenizer.bytes_per_token, EVAL_TOKENS)
                     check_finite(bpb, out)
                     if bpb < best and rank == 0:
                         model.save(out / "best", tokenizer)
@@ -953,61 +913,52 @@ def train(settings, data, out, state=None):
                         "loss_sum": total,
                         "n_summed": n_summed,
                     }
-                    save_state(out, state, model, optimizers)
                     model.save(out, tokenizer)
+                    save_state(out, state, model, optimizers)
                 saved = pace.seconds
             if logging:
                 pace.begin_lap(step, evaluating)
-    return step, bpb if step == settings.steps else None
+    return step, bpb
 
 
 def main():
+    """Start or resume a run -> the exit status: 0, or 130 if it was stopped."""
     args = parse_arguments()
-    out = Path(args.out).resolve() if args.out else None
-    state = None
-    if args.resume:
-        out = find_run(out, "train.py")
-        state = read_state(out)
-        args.deterministic = state["settings"]["deterministic"]
-        args.device = args.device or state["settings"]["device"]
-        args.data = args.data or state["data"]
+    out, state = open_run(args, "train.py")
     device = start(args.device, args.deterministic)
-    data = open_data(args.data or "pystdlib")
+    data = open_data(state["data"] if state else args.data)
     show("data", f"{data.name}: {len(data.train):,} tokens for training, {len(data.val):,} held out")
+    out = out or OUT / data.name
+    place = os.path.relpath(out)
     if state:
         refuse_changes(state, identity_of(data))
-        settings = saved_settings(state, out, device)
+        settings = Settings(**state["settings"])
+        if state["step"] == settings.steps:
+            print(f"{place} is finished: {settings.steps:,} steps, nothing is left to do")
+            return 0
+        show("resumed", f"{place} after step {state['step']:,}")
+        move_settings(settings, device, settings.batch_size)
     else:
         settings = choose_settings(args, device)
         show_plan(settings, data)
-        out = out or OUT / data.name
-    rank, _ = rank_and_world()
-    held = None  # the folder is locked as long as this file is open
-    if rank == 0:
-        held = lock(out) if state else make_folder(out)
-    from_first_process(0)  # the others wait
-    step, bpb = train(settings, data, out, state)
-    place = os.path.relpath(out)
+    with claim(out, new=state is None):
+        step, bpb = train(settings, data, out, state)
     if step != settings.steps:
         print(f"\nstopped after step {step:,}; to go on: python train.py --resume --out {place}")
-    elif bpb is None:
-        print(f"{place} is finished: {step:,} steps, nothing is left to do")
-    else:
-        print(f"\n{bpb:.4f} bits per byte of held-out text after {step:,} steps; the model is in {place}/")
-        print("\nThe same prompt, step by step:\n")
-        print((out / "samples.txt").read_text(encoding="utf-8"))
-        print(f"next: python sample.py --model {place}")
-    leave_processes()
-    if held:
-        held.close()
-    if step != settings.steps:
-        sys.exit(130)
+        return 130
+    print(f"\n{bpb:.4f} bits per byte of held-out text after {step:,} steps; the model is in {place}/")
+    print("\nThe same prompt, step by step:\n")
+    print((out / "samples.txt").read_text(encoding="utf-8"))
+    print(f"next: python sample.py --model {place}")
+    return 0
 
 
 def run(main):
     """Run a script's main(): a user's mistake ends in one line on stderr and exit status 2, Ctrl-C in 130."""
     try:
-        return main()
+        status = main()
+        leave_processes()
+        sys.exit(status)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, argparse.ArgumentError) as error:

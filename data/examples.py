@@ -9,11 +9,10 @@ Only what the assistant says is learned; a conversation of many turns teaches al
 
 import hashlib
 import json
-import os
-import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +86,7 @@ def conversations_of(record):
 
 
 def read_examples(path, pairs=False):
-    """The Examples of a .jsonl file, with two answers if pairs. Unusable lines are skipped and counted aloud.
+    """The Examples of a .jsonl file, with two answers if pairs. Unusable lines are skipped and reported.
 
     ValueError: not one line is usable.
     """
@@ -140,22 +139,15 @@ def hold_out(examples):
 
 
 def encode_conversation(tokenizer, messages, max_len, last_only=False):
-    """A conversation -> (ids, mask, is_cut): tensors, cut off at the end where longer than max_len tokens.
+    """A conversation -> (ids, mask, is_cut): tensors, cut off where longer than max_len tokens.
 
-    The cut is made before a message if that leaves an answer. last_only: earlier answers are not learned.
+    last_only: earlier answers are not learned.
     """
-    parts = [render(tokenizer, [message]) for message in messages]
+    ids, mask = render(tokenizer, messages)
     if last_only:
-        parts[:-1] = [(ids, [False] * len(ids)) for ids, _ in parts[:-1]]
-    ids, mask = [], []
-    for new_ids, new_mask in parts:
-        if any(mask) and len(ids) + len(new_ids) > max_len:
-            break
-        ids = ids + new_ids
-        mask = mask + new_mask
-    ids, mask = ids[:max_len], mask[:max_len]
-    is_cut = len(ids) < sum(len(new_ids) for new_ids, _ in parts)
-    return torch.tensor(ids, dtype=torch.int32), torch.tensor(mask), is_cut
+        before, _ = render(tokenizer, messages[:-1])
+        mask[: len(before)] = [False] * len(before)
+    return torch.tensor(ids[:max_len], dtype=torch.int32), torch.tensor(mask[:max_len]), len(ids) > max_len
 
 
 class Examples:
@@ -189,7 +181,6 @@ class Examples:
         for row in self.rows:
             longest = max(len(ids) for ids, _ in row) - 1
             self.lengths.append(min(-(-longest // 8) * 8, block_size))
-        self.references = torch.zeros(len(self.rows), len(self.rows[0]))  # for DPO: log p in the base model
         self.per_epoch = -(-len(self.rows) // batch_size)  # batches
 
     def __str__(self):
@@ -223,7 +214,7 @@ class Examples:
         return self.tensors(self.epoch(number)[i], rank, world)
 
     def tensors(self, indices, rank=0, world=1):
-        """ids and targets (n, A, T), references (n, A), channels (n,) of some examples with A answers each.
+        """ids and targets (n, T), or of pairs (n, 2, T), and channels (n,) of some examples.
 
         Rows are padded on the right, which needs no attention mask: attention looks only back, and targets
         there are IGNORED. A process that would have an example less gets a row without targets.
@@ -232,27 +223,19 @@ class Examples:
         n, A, T = -(-len(indices) // world), len(self.rows[0]), max(self.lengths[i] for i in indices)
         ids = torch.zeros(n, A, T, dtype=torch.long)
         targets = torch.full_like(ids, IGNORED)
-        references, channels = torch.zeros(n, A), torch.zeros(n, dtype=torch.long)
-        references[: len(mine)] = self.references[mine]
+        channels = torch.zeros(n, dtype=torch.long)
         for row, i in enumerate(mine):
             channels[row] = self.channels.index(self.examples[i].channel)
             for k, (text, mask) in enumerate(self.rows[i]):
                 ids[row, k, : len(text) - 1] = text[:-1]
                 targets[row, k, : len(text) - 1] = text[1:].masked_fill(~mask[1:], IGNORED)
-        return ids, targets, references, channels
+        return ids.squeeze(1), targets.squeeze(1), channels
 
     def show(self, tokenizer, i=0):
-        """Print an example as the model reads it: what is learned in colour or, in a file, between marks."""
-        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        begin, end = ("\033[32m", "\033[0m") if colour else ("⟦", "⟧")
+        """Print an example as the model reads it; what is learned is between ⟦ and ⟧."""
         for ids, mask in self.rows[i]:
-            text, learned_before = b"", False
-            for new, learned in zip(ids.tolist(), mask.tolist()):
-                if learned and not learned_before:
-                    text += begin.encode()
-                if learned_before and not learned:
-                    text += end.encode()
-                text += tokenizer.decode_bytes([new])
-                learned_before = learned
-            print(text.decode(errors="replace"), end=end if learned_before else "")
-            print(f"{len(ids)} tokens, {int(mask.sum())} to be learned: {begin}these{end}")
+            text = ""
+            for learned, part in groupby(zip(ids.tolist(), mask.tolist()), key=lambda pair: pair[1]):
+                piece = tokenizer.decode([new for new, _ in part])
+                text += f"⟦{piece}⟧" if learned else piece
+            print(f"{text}{len(ids)} tokens, {int(mask.sum())} to be learned: ⟦these⟧")

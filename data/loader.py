@@ -1,12 +1,12 @@
 """From token ids on disk to batches for train.py.
 
-The order in which training reads the blocks of a text is computed, not stored: each epoch takes all of them
-once, shuffled anew. So the place of a run in its data is one number, and memory does not grow with the text.
+The order in which training reads the blocks of a text follows from the seed: each epoch takes all of them
+once, shuffled anew. So the place of a run in its data is one number, the step.
 """
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +21,13 @@ IGNORED = -100  # as a target: not to be predicted
 # --- prepared data ---
 
 
-def open_tokens(folder, split, dtype):
-    """The token ids of a split ("train" or "val") as an array that is read from the disk where it is used."""
-    path = folder / f"{split}.bin"
-    n_bytes = path.stat().st_size if path.exists() else 0
-    if n_bytes == 0 or n_bytes % np.dtype(dtype).itemsize:
-        raise ValueError(f"{path} is missing or cut off: prepare the data again")
-    return np.memmap(path, dtype=dtype, mode="r")
-
-
 @dataclass
 class Data:
     """A folder of prepared data, opened."""
 
     name: str
     tokenizer: Tokenizer
-    train: np.ndarray  # of ids
+    train: np.ndarray  # of ids; only what is used is read from the disk
     val: np.ndarray
     fingerprint: str  # a hash of all ids
 
@@ -58,82 +49,53 @@ def load_data(folder):
     again = f"prepare it again: `python data/prepare.py ... --name {folder.name}`"
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        dtype, n_tokens, expected = meta["dtype"], meta["tokens"], meta["tokenizer"]
+        dtype, n_tokens, made_by = np.dtype(meta["dtype"]), meta["tokens"], meta["tokenizer"]
         fingerprint = meta["fingerprint"]["train"] + meta["fingerprint"]["val"]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise ValueError(f"{folder}/meta.json is damaged or of an older version: {again}") from None
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    if tokenizer.fingerprint != expected:
+    if tokenizer.fingerprint != made_by:
         raise ValueError(f"{folder}/tokenizer.json is not the tokenizer that made the data: {again}")
-    splits = {split: open_tokens(folder, split, dtype) for split in ("train", "val")}
-    for split, tokens in splits.items():
-        if len(tokens) != n_tokens[split]:
-            wrong = f"{len(tokens):,} tokens, not {n_tokens[split]:,}"
-            raise ValueError(f"{folder}/{split}.bin has {wrong}: {again}")
+    splits = {}
+    for split in ("train", "val"):
+        path, expected = folder / f"{split}.bin", n_tokens[split] * dtype.itemsize
+        n_bytes = path.stat().st_size if path.exists() else 0
+        if n_bytes != expected:
+            raise ValueError(f"{path} has {n_bytes:,} bytes, not {expected:,}: {again}")
+        splits[split] = np.memmap(path, dtype, mode="r")
     return Data(folder.name, tokenizer, splits["train"], splits["val"], fingerprint)
 
 
 # --- batches for training ---
 
 
-def permute(i, n, key):
-    """The i-th element of a pseudo-random permutation of range(n), computed, not stored.
-
-    A Feistel network (Luby and Rackoff, 1988) maps numbers of 2b bits one to one, whatever function mixes the
-    halves; a result that is not below n is mapped again.
-    """
-    b = max(1, ((n - 1).bit_length() + 1) // 2)
-    low = (1 << b) - 1
-    while True:
-        left, right = i >> b, i & low
-        for k in range(4):
-            mixed = (right + key + k) * 0x9E3779B97F4A7C15
-            mixed = ((mixed >> 29) ^ mixed) * 0xBF58476D1CE4E5B9
-            left, right = right, left ^ (mixed >> 32) & low
-        i = left << b | right
-        if i < n:
-            return i
-
-
 class Blocks:
-    """The batches of training: each epoch takes all blocks of T + 1 tokens, shuffled and cut anew."""
+    """The batches of training: blocks of T + 1 tokens, in each epoch cut elsewhere and shuffled."""
 
     def __init__(self, tokens, block_size, seed):
         self.tokens, self.block_size, self.seed = tokens, block_size, seed
-        self.per_epoch = len(tokens) // block_size - 1
+        self.per_epoch = len(tokens) // block_size - 1  # one less, as room for cutting elsewhere
         if self.per_epoch < 1:
             few = f"{len(tokens):,} tokens for training are too few for blocks of {block_size}"
             raise ValueError(f"{few}: take more text or a smaller --block-size")
+
+    @lru_cache(maxsize=2)  # noqa: B019  a process has one of these objects
+    def epoch(self, number):
+        """Where the first block of an epoch starts, and the order of its blocks."""
+        rng = np.random.default_rng([self.seed, number])
+        return rng.integers(self.block_size), rng.permutation(self.per_epoch)
 
     def batch(self, step, batch_size, rank=0, world=1):
         """ids and targets (n, T) of a step: process `rank` of `world` gets n = batch_size / world blocks."""
         T = self.block_size
         blocks = []
         for position in range(step * batch_size + rank, (step + 1) * batch_size, world):
-            epoch, i = divmod(position, self.per_epoch)
-            phase = permute(epoch % T, T, self.seed)
-            start = phase + T * permute(i, self.per_epoch, self.seed + 1000003 * epoch)
+            number, i = divmod(position, self.per_epoch)
+            first, order = self.epoch(number)
+            start = first + T * order[i]
             blocks.append(self.tokens[start : start + T + 1])
         both = torch.from_numpy(np.stack(blocks).astype(np.int64))  # (n, T + 1)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
-
-
-def read_ahead(read_batch, step, pin_memory=False):
-    """Yield read_batch(step), read_batch(step + 1) ... forever, each read while the one before is in use.
-
-    read_batch returns a tuple of tensors. pin_memory: a GPU then copies them while it computes.
-    """
-
-    def read(step):
-        tensors = read_batch(step)
-        return tuple(tensor.pin_memory() for tensor in tensors) if pin_memory else tensors
-
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(read, step)
-        while True:
-            step += 1
-            batch, following = following, pool.submit(read, step)
-            yield batch.result()
 
 
 # --- batches for validation ---
@@ -142,7 +104,7 @@ def read_ahead(read_batch, step, pin_memory=False):
 def validation_batches(tokens, block_size, n_blocks=None, batch_size=32, rank=0, world=1):
     """Yield ids and targets (n, T) of n_blocks evenly spaced blocks (None: all), n = batch_size or fewer.
 
-    Process `rank` of `world` gets its share. Behind the end of the text, targets are IGNORED.
+    Process `rank` of `world` gets its share. After the end of the text, targets are IGNORED.
     """
     T = block_size
     total = (len(tokens) - 2) // T + 1

@@ -15,6 +15,7 @@ import codecs
 import hashlib
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -35,9 +36,15 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tokenizer import GPT4_PATTERN, SPECIAL_TOKENS, WORDS_PATTERN, Tokenizer, map_batches  # noqa: E402
+from tokenizer import (  # noqa: E402
+    GPT4_PATTERN,
+    SPECIAL_TOKENS,
+    WORDS_PATTERN,
+    Tokenizer,
+    map_batches,
+    mend_surrogates,
+)
 
-VERSION = 1  # of the files written here
 DATA = ROOT / "data"
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl")
 VAL_SHARE = 0.05
@@ -53,31 +60,27 @@ DOWNLOADS = {  # name -> [(URL, SHA-256 or None)]
 SOURCES = ("pystdlib", *DOWNLOADS)
 
 
-# --- downloads, and a live line of progress ---
+# --- downloads and progress ---
 
 
 class Progress:
-    """A line that shows how far a phase has come: updated in place on a terminal, else every ten seconds."""
+    """Says every five seconds how far a phase has come, and at its end what came of it."""
 
     def __init__(self, label, total_bytes):
         self.label, self.total_bytes = label, total_bytes
         self.start = self.shown = time.time()
-        self.terminal = sys.stderr.isatty()
 
     def show(self, share):
-        """Show that this share of the whole, 0 to 1, is done."""
+        """This share of the whole, 0 to 1, is done."""
         now = time.time()
-        if now - self.shown < (0.2 if self.terminal else 10) or share <= 0:
-            return
-        self.shown, seconds = now, now - self.start
-        rate = share * self.total_bytes / seconds / 1e6
-        line = f"{self.label} {share:4.0%}  {rate:.1f} MB/s  {seconds / share - seconds:.0f} s left"
-        print(f"\r{line}\033[K" if self.terminal else f"{line}\n", end="", file=sys.stderr, flush=True)
+        if now - self.shown >= 5 and share > 0:
+            self.shown, seconds = now, now - self.start
+            rate = share * self.total_bytes / seconds / 1e6
+            left = seconds / share - seconds
+            print(f"{self.label} {share:4.0%}, {rate:.1f} MB/s, {left:.0f} s left", file=sys.stderr)
 
     def done(self, result):
-        """Replace the live line by a final one."""
-        if self.terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        """The phase is over, or has come to a point that can be told."""
         print(f"{self.label}: {result}, {time.time() - self.start:.1f} s", flush=True)
 
 
@@ -105,10 +108,9 @@ def download(url, folder, sha256=None):
             raise ValueError(f"{url} is not the file that was published: its SHA-256 is {digest.hexdigest()}")
         unfinished.rename(path)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise ValueError(
-            f"can't download {url} ({getattr(error, 'reason', error)}): "
-            "get the file some other way and run `python data/prepare.py FILE --name NAME`"
-        ) from None
+        reason = getattr(error, "reason", error)
+        mend = "get the file some other way and run `python data/prepare.py FILE --name NAME`"
+        raise ValueError(f"can't download {url} ({reason}): {mend}") from None
     finally:
         unfinished.unlink(missing_ok=True)
     progress.done(f"{done / 1e6:.1f} MB")
@@ -154,13 +156,10 @@ def jsonl_documents(path, field, damaged):
             if not line.strip():
                 continue
             try:
-                text = json.loads(decode(line, path, damaged))[field]
-                # JSON can spell half of a surrogate pair, which is no character
-                yield [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")], None
+                yield [mend_surrogates(json.loads(decode(line, path, damaged))[field])], None
             except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: no JSON object with a text under {field!r} ({error!r})"
-                ) from None
+                expected = f"no JSON object with a text under {field!r}"
+                raise ValueError(f"{path}, line {number}: {expected} ({error!r})") from None
 
 
 def story_documents(path, split, damaged):
@@ -184,7 +183,7 @@ def stdlib_files():
 
 
 def text_files(paths):
-    """The files with text under the given paths, in a fixed order. Files of other kinds are counted aloud."""
+    """The files with text under the given paths, in a fixed order. Files of other kinds are reported."""
     files, n_others = [], 0
     for path in map(Path, paths):
         if not path.exists():
@@ -371,7 +370,7 @@ def prepare(sources, name=None, vocab_size=None, tokenizer=None, field="text"):
     unfinished = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=DATA))
     unfinished.chmod(0o755)
     try:
-        meta = {"version": VERSION, "source": sources, "vocab_size": tokenizer.vocab_size}
+        meta = {"source": sources, "python": platform.python_version()}
         meta |= write_tokens(split.pieces(documents()), tokenizer, unfinished, split.bytes)
         meta["tokenizer"] = tokenizer.fingerprint
         tokenizer.save(unfinished / "tokenizer.json")
@@ -393,12 +392,8 @@ def main():
     parser = argparse.ArgumentParser(description="Turn text into token ids that train.py reads.")
     known, suffixes = ", ".join(SOURCES), " ".join(TEXT_SUFFIXES)
     add = parser.add_argument
-    add(
-        "sources",
-        nargs="*",
-        metavar="SOURCE",
-        help=f"{known}, or files and folders with {suffixes} (pystdlib)",
-    )
+    kinds = f"{known}, or files and folders with {suffixes} (pystdlib)"
+    add("sources", nargs="*", metavar="SOURCE", help=kinds)
     add("--name", help="name of the folder under data/ (that of the first source)")
     add("--vocab-size", type=int, help="tokens in the vocabulary (chosen by the size of the corpus)")
     add("--tokenizer", metavar="FILE", help="use this tokenizer.json instead of learning a vocabulary")

@@ -7,31 +7,23 @@
 
 They are cut with `ast` from the functions and lines of the standard library, as data/prepare.py splits it:
 what it holds out for validation gives dev.jsonl and test.jsonl. So a model that was trained on the rest has
-seen none of their functions.
-
-    python data/tasks.py        write data/tasks/train.jsonl, dev.jsonl and test.jsonl
+seen none of their functions. finetune.py writes them if they are missing; its --dry-run shows one.
 """
 
-import argparse
 import ast
 import io
 import json
 import os
 import platform
 import random
-import sys
 import tokenize
 import warnings
 from collections import Counter, defaultdict
 from contextlib import suppress
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from data.prepare import DATA, Split, find_documents, stdlib_files
 
-from data.prepare import DATA, Split, find_documents, stdlib_files  # noqa: E402
-
-FOLDER = DATA / "tasks"
+FOLDER = DATA / f"tasks-{platform.python_version()}"  # each version has another standard library
 FEW, MANY = 4, ", many"  # parameters; questions about more are channels of their own, such as "args, many"
 LONGEST = 60  # characters of a line or a signature; of many parameters, twice as many
 SIZES = {"train": 16_000, "dev": 200, "test": 250}  # examples of a channel at most
@@ -61,11 +53,9 @@ def ask_about(function):
     many = MANY if len(names) > FEW else ""
     passed = [f"{arg.arg}={arg.arg}" if arg in a.kwonlyargs else name for arg, name in zip(found, names)]
     bound = names[0] in ("self", "cls")
-    call = (
-        f"{names[0]}.{function.name}({', '.join(passed[1:])})"
-        if bound
-        else f"{function.name}({', '.join(passed)})"
-    )
+    call = f"{function.name}({', '.join(passed[bound:])})"
+    if bound:
+        call = f"{names[0]}.{call}"
     yield "call" + many, f"Write a call of: def {signature}:", call
     assigned = [arg.arg for arg in found[bound:]]
     if assigned:
@@ -131,16 +121,13 @@ def answer_by_rule(question):
 
 
 def split_files():
-    """{"train", "dev", "test": paths}: the files that pretraining holds out are for dev and test.
-
-    Also the bytes of all of them, by which prepared data can be known.
-    """
+    """{"train", "dev", "test": paths}: the files that pretraining holds out are for dev and test."""
     files, split = list(stdlib_files()), Split(find_documents(["pystdlib"], None, Counter())())
     held_out = sorted((b, path) for b, path in zip(split.buckets, files) if b in split.held_out)
     dev = [path for _, path in held_out[::3]]
     test = [path for _, path in held_out if path not in dev]
     train = [path for path in files if path not in dev + test]
-    return {"train": train, "dev": dev, "test": test}, split.bytes
+    return {"train": train, "dev": dev, "test": test}
 
 
 def cut_examples(paths, dice, n_lines, renamed):
@@ -185,11 +172,10 @@ def size(*examples):
 
 
 def write_tasks(folder=FOLDER):
-    """Write the three files and return their folder. No question stands in two of them, or twice in one."""
+    """Write the three files and return their folder. No question is in two of them, or twice in one."""
     dice, asked = random.Random(0), set()
     folder.mkdir(parents=True, exist_ok=True)
-    splits, n_bytes = split_files()
-    for split, paths in splits.items():
+    for split, paths in split_files().items():
         found, limit = defaultdict(list), SIZES[split]
         for channel, question, answer in cut_examples(paths, dice, 2 * limit, split == "train"):
             unique = answer if channel == "fix" else question  # a line is damaged in one way only
@@ -209,37 +195,14 @@ def write_tasks(folder=FOLDER):
         os.replace(unfinished, folder / f"{split}.jsonl")
         counts = ", ".join(f"{channel} {len(found[channel]):,}" for channel in sorted(found))
         print(f"{os.path.relpath(folder)}/{split}.jsonl: {len(examples):,} examples ({counts})")
-    meta = {"python": platform.python_version(), "bytes": n_bytes}
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     return folder
 
 
 def find_tasks():
-    """Write the tasks if they are missing or of another Python; warn if a model may have seen the test."""
-    try:
-        meta = json.loads((FOLDER / "meta.json").read_bytes())
-    except (OSError, ValueError):
-        meta = {}
-    if meta.get("python") != platform.python_version():
+    """Write the tasks if they are missing; warn if a model may have seen the test."""
+    if not (FOLDER / "test.jsonl").exists():  # which is written last
         write_tasks()
-        meta = json.loads((FOLDER / "meta.json").read_bytes())
     with suppress(FileNotFoundError):
         trained_on = json.loads((DATA / "pystdlib/meta.json").read_bytes())
-        if sum(trained_on["bytes"].values()) != meta["bytes"]:
-            print("data/pystdlib is of another Python than data/tasks: a model of it may have seen the test")
-
-
-def main():
-    argparse.ArgumentParser(description="Write the default fine-tuning examples to data/tasks/.").parse_args()
-    write_tasks()
-    print("next: python finetune.py")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        if trained_on.get("python") != platform.python_version():
+            print(f"data/pystdlib is of another Python than {FOLDER.name}: a model of it may know the test")

@@ -111,7 +111,7 @@ def bench_lzma(args):
     data = load_data(find_data(args.data))
     texts = []
     for tokens in (data.train, data.val):
-        text = data.tokenizer.decode_bytes(tokens.read(0, len(tokens)).tolist())
+        text = data.tokenizer.decode_bytes(tokens.tolist())
         texts.append(text.replace(SPECIAL_TOKENS[0].encode(), b""))
     train_text, val_text = texts
     both = train_text + val_text
@@ -299,6 +299,14 @@ def bench_tokenizer(args):
 # --- the model ---
 
 
+def peak_memory(device):
+    """The most bytes in use so far, of the GPU or of this process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def loss_job(kind):
     """A function that computes the loss of 4,096 tokens over a vocabulary of 50,000, and its gradient."""
     model = Transformer(Config(50000, 1024, n_layer=1, n_head=12, n_kv_head=12, n_embd=768, n_hidden=64))
@@ -340,13 +348,13 @@ def model_once(args):
     """Print the seconds of one job, and the megabytes that it takes above the model's own, as JSON."""
     run = MODEL_JOBS[args.job](args.folder)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the model (Linux)
-    before = train.peak_memory("cpu")
+    before = peak_memory("cpu")
     seconds = []
     for _ in range(1 if args.job.startswith("open") else 3):
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
-    megabytes = (train.peak_memory("cpu") - before) / 1e6
+    megabytes = (peak_memory("cpu") - before) / 1e6
     print(json.dumps({"seconds": statistics.median(seconds), "MB": megabytes}))
 
 
@@ -386,8 +394,7 @@ def make_settings(rows, T, dtype, device="cpu", micro_batch=None):
         minutes=None,
         steps=1000,
         fall=400,
-        warmup=50,
-        eval_every=None,
+        n_evals=10,
         save_every=None,
     )
 
@@ -440,7 +447,7 @@ def compare_steps(dtype, rounds, vocab_size=4096, rows=16, T=128):
     steps = {"Muon": muon.step, "torch.optim.Muon": pytorch_muon.step, "AdamW": adamw.step}
     times = in_turn(models | steps, rounds)
     flops = 3 * x.numel() * config.flops_per_token(T)
-    peak, peak32 = matmul_rate("cpu", dtype, 1024), matmul_rate("cpu", torch.float32, 1024)
+    peak, peak32 = matmul_rate("cpu", dtype), matmul_rate("cpu", torch.float32)
     print(f"\nnano, {rows} x {T} tokens, {settings.dtype}: milliseconds, median of {rounds} in turn")
     for name, seconds in times.items():
         share = ""
@@ -589,7 +596,7 @@ def bench_budget(args):
 
 # --- kills ---
 
-MEASURED = ("seconds", "tokens_per_second", "mfu", "memory_mb")  # columns of log.csv
+MEASURED = ("seconds", "tokens_per_second", "mfu")  # columns of log.csv
 
 
 def ending(out):
@@ -702,7 +709,7 @@ def compare_killed_runs(options, runs, kills, seed):
 def bench_resume(args):
     """Kill runs of train.py at random moments, resume them, compare their ends with an undisturbed run's."""
     options = ["--device", "cpu", "--steps", args.steps, "--block-size", 64, "--batch-size", 4]
-    options += ["--dropout", 0.1, "--eval-every", 12, "--save-every", 2]
+    options += ["--dropout", 0.1, "--evals", 5, "--save-every", 2]
     compare_killed_runs(options, args.runs, args.kills, args.seed)
 
 
@@ -730,7 +737,7 @@ def ends_cleanly(program, limit=180):
 
 def make_exit_options(data, work):
     """Options for a few steps of train.py and of finetune.py, for which a base model is trained."""
-    common = ["--device", "cpu", "--batch-size", 4, "--steps", 6, "--eval-every", 3]
+    common = ["--device", "cpu", "--batch-size", 4, "--steps", 6, "--evals", 2]
     pretrain = [*common, "--data", data, "--block-size", 64]
     base, examples = work / "base", work / "chat.jsonl"
     subprocess.run(script("train.py", *pretrain, "--out", base), check=True, stdout=subprocess.DEVNULL)
@@ -1092,7 +1099,7 @@ def training_speed(kind, args):
         losses, _ = train.training_step(objective, optimizers, batch, batch[0].numel(), 1.0, settings)
         losses.sum().item()  # waits for the device
         seconds.append(time.perf_counter() - start)
-    return batch[0].numel() / statistics.median(seconds[warm_up:]), train.peak_memory(device)
+    return batch[0].numel() / statistics.median(seconds[warm_up:]), peak_memory(device)
 
 
 def gpu_train(args):
@@ -1154,7 +1161,7 @@ def gpu_decode(args):
 def gpu_resume(args):
     """Is a killed run exact on this device, with --deterministic?"""
     options = ["--device", args.device, "--deterministic", "--steps", 40, "--preset", "nano"]
-    options += ["--block-size", 64, "--batch-size", 8, "--dropout", 0.1, "--eval-every", 10]
+    options += ["--block-size", 64, "--batch-size", 8, "--dropout", 0.1, "--evals", 4]
     compare_killed_runs([*options, "--save-every", 2], args.runs, kills=1, seed=0)
 
 

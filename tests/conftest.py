@@ -110,7 +110,7 @@ def in_fork(script, argv, input, folder):
 
 def read_log(out):
     """The rows of log.csv, without the columns that measure time, speed and memory."""
-    measured = ("seconds", "tokens_per_second", "mfu", "memory_mb")
+    measured = ("seconds", "tokens_per_second", "mfu")
     with open(out / "log.csv", newline="") as file:
         return [{k: v for k, v in row.items() if k not in measured} for row in csv.DictReader(file)]
 
@@ -131,9 +131,8 @@ def make_settings(**changes):
         minutes=None,
         steps=10,
         fall=4,
-        warmup=2,
-        eval_every=5,
-        save_every=5,
+        n_evals=10,
+        save_every=None,
     )
     settings.update(changes)
     return Settings(**settings)

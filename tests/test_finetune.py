@@ -7,7 +7,6 @@ import csv
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -43,7 +42,6 @@ from finetune import (
     macro,
     merge,
     save_adapter,
-    set_references,
     yardsticks,
 )
 from model import Config, Transformer
@@ -75,9 +73,9 @@ def write_lines(path, records):
 
 def test_only_what_the_assistant_says_is_learned_and_all_of_it(tokenizer):
     part = Examples([Example([DIALOGUE], "all")], tokenizer, 128, 1)
-    ids, targets, _, _ = part.batch(0)
-    assert ids.shape == targets.shape and ids.shape[:2] == (1, 1)
-    ids, targets = ids[0, 0], targets[0, 0]
+    ids, targets, _ = part.batch(0)
+    assert ids.shape == targets.shape and len(ids) == 1
+    ids, targets = ids[0], targets[0]
     learned = [i for i in targets.tolist() if i != IGNORED]
     end = tokenizer.special_tokens[END]
     assert learned == [*tokenizer.encode("the mat"), end, *tokenizer.encode("and the dog"), end]
@@ -111,16 +109,13 @@ def test_the_chat_template_of_transformers_renders_the_same_ids(tokenizer, their
         assert rendered == render(tokenizer, messages, answering)[0]
 
 
-def test_a_long_conversation_is_cut_at_a_turn_or_else_within_the_answer(tokenizer):
-    whole = len(render(tokenizer, DIALOGUE)[0])
-    first = len(render(tokenizer, DIALOGUE[:3])[0])
-    for room in range(4, whole + 2):
-        ids, mask, is_cut = examples.encode_conversation(tokenizer, DIALOGUE, room)
-        assert len(ids) <= room and is_cut == (len(ids) < whole)
-        if first <= room < whole:  # the question after it may stay, a part of an answer may not
-            second = len(render(tokenizer, DIALOGUE[:4])[0])
-            assert len(ids) == (second if room >= second else first)
-            assert int(mask.sum()) == len(tokenizer.encode("the mat")) + 1
+def test_a_long_conversation_is_cut_and_one_without_an_answer_left_out_aloud(tokenizer):
+    ids, mask = render(tokenizer, DIALOGUE)
+    whole = len(ids)
+    for room in (4, whole - 1, whole, whole + 1):
+        cut_ids, cut_mask, is_cut = examples.encode_conversation(tokenizer, DIALOGUE, room)
+        assert cut_ids.tolist() == ids[:room] and cut_mask.tolist() == mask[:room]
+        assert is_cut == (room < whole)
     part = [Example([DIALOGUE], "all"), turn("x", "y"), turn("the cat " * 50, "never reached")]
     made = Examples(part, tokenizer, whole - 2, 2)
     assert (len(made.rows), made.n_cut, made.n_dropped) == (2, 1, 1)
@@ -174,7 +169,7 @@ def test_of_a_pair_only_the_last_answer_counts_and_equal_ones_are_left_out(token
     history, (question,) = DIALOGUE[1:3], [{"role": "user", "content": "sat on"}]
     both = [[*history, question, {"role": "assistant", "content": text}] for text in ("the mat", "the dog")]
     part = Examples([Example(both, "all")], tokenizer, 128, 1)
-    _, targets, _, _ = part.batch(0)
+    _, targets, _ = part.batch(0)
     assert targets.shape[:2] == (1, 2)
     for k, text in enumerate(("the mat", "the dog")):
         learned = [i for i in targets[0, k].tolist() if i != IGNORED]
@@ -218,7 +213,7 @@ def test_every_epoch_takes_every_example_once_and_in_a_new_order(several):
         assert len(batches) == several.per_epoch == 7
         assert sorted(sum(batches, [])) == list(range(53))
     assert epochs[0] != epochs[1]
-    padding = [several.tensors(batch)[1].shape[2] for batch in epochs[0]]
+    padding = [several.tensors(batch)[1].shape[1] for batch in epochs[0]]
     rows = sum(len(batch) * T for batch, T in zip(epochs[0], padding))
     assert rows < 1.4 * sum(len(ids) - 1 for ((ids, _),) in several.rows)  # little of it is padding
     assert len(set(padding)) <= 4  # and there are few shapes
@@ -230,24 +225,23 @@ def test_processes_share_a_batch_and_have_as_many_rows(several, world):
         whole = several.batch(step)
         parts = [several.batch(step, rank, world) for rank in range(world)]
         assert len({len(part[0]) for part in parts}) == 1
-        kept = [row for _, targets, _, _ in parts for row in targets[:, 0].tolist() if set(row) != {IGNORED}]
-        assert sorted(kept) == sorted(whole[1][:, 0].tolist())
+        kept = [row for _, targets, _ in parts for row in targets.tolist() if set(row) != {IGNORED}]
+        assert sorted(kept) == sorted(whole[1].tolist())
 
 
 def test_padding_changes_no_loss_and_no_gradient(several, model):
-    """There is no mask for it: it stands behind what counts, and attention looks back."""
+    """There is no mask for it: it comes after what counts, and attention looks back."""
     batch = several.epoch(0)[0]
-    ids, targets, _, _ = several.tensors(batch)
-    ids, targets = ids[:, 0], targets[:, 0]
+    ids, targets, _ = several.tensors(batch)
     assert min(len(several.rows[i][0][0]) for i in batch) < ids.size(1)
-    together, rows = model.loss(ids, targets, reduction="rows")
+    together, rows = model.summed_loss(ids, targets)
     together.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     for k, i in enumerate(batch):
         ((text, mask),) = several.rows[i]
         targets = text[None, 1:].long().masked_fill(~mask[None, 1:], IGNORED)
-        alone = model.loss(text[None, :-1].long(), targets, reduction="sum")
+        alone, _ = model.summed_loss(text[None, :-1].long(), targets)
         alone.backward()
         assert alone.item() == pytest.approx(rows[k].item(), rel=1e-5)
     for name, p in model.named_parameters():
@@ -265,9 +259,9 @@ def test_losses_are_told_apart_by_channel_as_sums(several, model):
     values = stage.evaluate(objective, ("loss",), SimpleNamespace(dev=several), tune_settings())
     expected = torch.zeros(2, 2, dtype=torch.float64)
     for i in range(53):
-        ids, targets, _, channels = several.tensors([i])
+        ids, targets, channels = several.tensors([i])
         with torch.no_grad():
-            loss = model.loss(ids[:, 0], targets[:, 0], reduction="sum").item()
+            loss, _ = model.summed_loss(ids, targets)
         expected[channels[0]] += torch.tensor([int((targets != IGNORED).sum()), loss])
     assert values.keys() == {"val_loss", "val_loss a", "val_loss b"}
     assert values["val_loss a"] == pytest.approx((expected[0, 1] / expected[0, 0]).item(), rel=1e-5)
@@ -361,25 +355,25 @@ def pairs(tokenizer):
     return Examples(found, tokenizer, 64, 4)
 
 
+@torch.no_grad()
 def test_log_probabilities_are_those_of_the_answers_alone(pairs, model):
-    set_references(model, pairs, make_settings())
     for i, row in enumerate(pairs.rows):
+        (ids,), (targets,), _ = pairs.tensors([i])
+        ours = log_probs(model, ids, targets)
         for k, (ids, mask) in enumerate(row):
-            with torch.no_grad():
-                log_p = model(ids[None].long())[0].log_softmax(-1)
+            log_p = model(ids[None].long())[0].log_softmax(-1)
             expected = sum(log_p[j - 1, ids[j].item()].item() for j in range(1, len(ids)) if mask[j])
-            assert pairs.references[i, k].item() == pytest.approx(expected, abs=1e-3)
+            assert ours[k].item() == pytest.approx(expected, abs=1e-3)
 
 
 def test_preferring_starts_at_ln_2_and_widens_the_margin(pairs, model):
-    set_references(model, pairs, make_settings())
     objective = PreferenceLoss(model, beta=0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     optimizer.param_groups[0]["initial_lr"] = 1e-3
     for step in range(12):
-        ids, targets, references, _ = pairs.batch(step)
-        batch, tuning = (ids, targets, references), make_settings(micro_batch=3)
-        rows, _ = train.training_step(objective, [optimizer], batch, len(ids), 1.0, tuning)
+        ids, targets, _ = pairs.batch(step)
+        tuning = make_settings(micro_batch=3)
+        rows, _ = train.training_step(objective, [optimizer], (ids, targets), len(ids), 1.0, tuning)
         if step == 0:
             assert rows[:, 0].tolist() == pytest.approx([math.log(2)] * len(rows), abs=1e-4)
             assert rows[:, 1].abs().max() < 1e-3
@@ -392,31 +386,30 @@ def test_preferring_starts_at_ln_2_and_widens_the_margin(pairs, model):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_preferring_starts_at_ln_2_whatever_the_dtype(pairs, model, dtype):
     tuning = tune_settings(dtype=dtype, method="dpo")
-    set_references(model, pairs, tuning)
     objective = PreferenceLoss(model, beta=1.0)
     values = stage.evaluate(objective, stage.MEASURES, SimpleNamespace(dev=pairs), tuning)
     assert values["val_loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_the_loss_of_a_pair_is_that_of_the_paper(pairs, model):
-    set_references(model, pairs, make_settings())
+    ids, targets, _ = pairs.batch(0)
+    with torch.no_grad():
+        references = torch.stack([log_probs(model, ids[i], targets[i]) for i in range(len(ids))])
+    objective = PreferenceLoss(model, beta=0.3)
     torch.manual_seed(1)
     for p in model.parameters():
         p.data += 0.02 * torch.randn_like(p)
-    ids, targets, references, _ = pairs.batch(0)
-    objective = PreferenceLoss(model, beta=0.3, likelihood=0.5)
-    total, rows = objective(ids, targets, references)
+    total, rows = objective(ids, targets)
     expected = 0
     for i in range(len(ids)):
         chosen, rejected = log_probs(model, ids[i], targets[i])
         ratios = (chosen - references[i, 0]) - (rejected - references[i, 1])
-        expected = expected - F.logsigmoid(0.3 * ratios) - 0.5 * chosen / (targets[i, 0] != IGNORED).sum()
+        expected = expected - F.logsigmoid(0.3 * ratios)
     assert total.item() == pytest.approx(expected.item(), rel=1e-4)
     assert rows[:, 0].sum().item() == pytest.approx(total.item(), rel=1e-5)
     # a row without targets, which a process may get, counts for nothing
     empty = torch.full_like(targets[:1], IGNORED)
-    more = [torch.cat(part) for part in ((ids, ids[:1]), (targets, empty), (references, references[:1]))]
-    again, rows = objective(*more)
+    again, rows = objective(torch.cat((ids, ids[:1])), torch.cat((targets, empty)))
     assert again.item() == pytest.approx(total.item(), rel=1e-5)
     assert not rows[-1].any()
 
@@ -467,9 +460,9 @@ def test_yardsticks_are_the_most_frequent_answer_and_the_rule():
 
 def test_batched_answers_are_those_of_one_after_the_other(model, tokenizer):
     model.config.block_size = 128
-    questions = [[{"role": "user", "content": "the cat " * (i % 5)}] for i in range(9)]
-    together = answer(model, tokenizer, questions, 12, batch_size=4)
-    assert together == [answer(model, tokenizer, [question], 12)[0] for question in questions]
+    asked = [turn("the cat " * (i % 5), "the mat") for i in range(9)]
+    together = answer(model, tokenizer, asked, batch_size=4)
+    assert together == [answer(model, tokenizer, [one])[0] for one in asked]
 
 
 # --- the script ---
@@ -537,7 +530,7 @@ def read_state(out):
     return torch.load(out / "train_state.pt", weights_only=True)
 
 
-SHORT = ("--batch-size", 8, "--dtype", "float32", "--eval-every", 5, "--save-every", 3)
+SHORT = ("--batch-size", 8, "--dtype", "float32", "--evals", 3, "--save-every", 3)
 KINDS = ("full", "lora", "dpo")
 
 
@@ -545,7 +538,7 @@ def test_a_model_learns_to_answer_and_it_is_measured(base, chat, tmp_path):
     test = write_lines(tmp_path / "test.jsonl", [{"prompt": "say cat 0", "completion": "cat"}] * 2)
     out = tmp_path / "out"
     options = ("--examples", chat, "--test", test, "--lr", 0.01, "--steps", 250, "--replay", 0.25)
-    printed = run_here("--model", base, *options, *SHORT[:4], "--eval-every", 50, "--out", out)
+    printed = run_here("--model", base, *options, *SHORT[:4], "--evals", 5, "--out", out)
     assert "25% of each batch from test-finetune" in printed and "held out" in printed
     results = json.loads((out / "results.json").read_text())
     assert results["exact_match"] == {"all": {"base": 0, "tuned": 1, "most_frequent": 0, "n": 2}}
@@ -553,7 +546,7 @@ def test_a_model_learns_to_answer_and_it_is_measured(base, chat, tmp_path):
     assert results["bpb"]["before"] > results["bpb"]["after"] > 0
     assert f"{results['bpb']['after']:.4f} now" in printed
     rows = read_log(out)
-    assert float(rows[-1]["val_bpb"]) == pytest.approx(results["bpb"]["after"], abs=1e-4)
+    assert float(rows[-1]["val_bpb"]) == pytest.approx(results["bpb"]["after"], rel=0.1)  # of a part
     for name in ("animal", "thing"):
         assert float(rows[-1][f"val_loss {name}"]) < 0.5
         assert any(row[f"train_loss {name}"] for row in rows)
@@ -574,7 +567,7 @@ def test_a_model_learns_to_answer_and_it_is_measured(base, chat, tmp_path):
 def undisturbed(base, chat, preferred, tmp_path_factory):
     """A function: the folder of a short run of each kind, and the options of that run.
 
-    Beside the folder stand copies of it, made at each save between the state and the model.
+    Beside the folder stand copies of it, made at each save.
     """
     options = {
         "full": ("--examples", chat, "--replay", 0.25),
@@ -612,7 +605,7 @@ def assert_same_run(out, other):
 def test_a_run_killed_right_after_any_save_goes_on_to_the_same_bits(undisturbed, kind):
     whole, _ = undisturbed(kind)
     copies = sorted(whole.parent.glob("killed_at_*"))
-    assert {path.name for path in copies} == {f"killed_at_{step}" for step in (3, 5, 6, 9, 10, 12)}
+    assert {path.name for path in copies} == {f"killed_at_{step}" for step in (3, 4, 6, 8, 9, 12)}
     for out in copies:
         step = out.name.removeprefix("killed_at_")
         for name in ("log.csv", "samples.txt"):
@@ -635,7 +628,7 @@ def test_a_run_killed_between_two_lines_of_its_log_loses_no_loss(base, chat, tmp
             shutil.copytree(out, copy)
 
     monkeypatch.setattr(stage, "save_state", save_and_copy)
-    options = ("--steps", 110, *SHORT[:4], "--save-every", 100, "--eval-every", 110, "--lr", 0.001)
+    options = ("--steps", 110, *SHORT[:4], "--save-every", 100, "--evals", 1, "--lr", 0.001)
     run_here("--model", base, "--examples", chat, *options, "--out", out)
     assert "100" not in {row["step"] for row in read_log(out)}
     run_here("--resume", "--out", copy)
@@ -773,7 +766,6 @@ def test_without_options_the_newest_base_model_is_taught_the_small_tasks(
         lines = [f"x = f({split}{i}" for i in range(n)]
         records = [{"prompt": tasks.FIX + x, "completion": x + ")", "channel": "fix"} for x in lines]
         write_lines(folder / f"{split}.jsonl", records)
-    (folder / "meta.json").write_text(json.dumps({"python": platform.python_version(), "bytes": 0}))
     with pytest.raises(ValueError, match="no base model under out/ yet: run `python train.py`"):
         run_here("--steps", 1)
     shutil.copytree(base, out / "newest")

@@ -88,7 +88,7 @@ def test_the_map_has_the_nine_files_and_their_length():
     files = [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]
     assert {path.name for path in ROOT.glob("*.py")} == set(STAGES)
     assert {name for name, _ in MAP_ROW.findall(README)} == {f.relative_to(ROOT).as_posix() for f in files}
-    assert with_counts(README) == README
+    assert with_counts(README) == README and f"These {first_hour()} lines" in README
 
 
 def test_the_first_hour_is_about_500_lines():
@@ -125,8 +125,6 @@ SMALLER = {  # what stands for something else or takes long -> what is run inste
     "out/pystdlib-chat --examples pairs.jsonl": "out/mine-chat --examples pairs.jsonl --steps 2",
 }
 ELSEWHERE = {  # needs a server, several processes or one to kill -> the test that has them
-    "python train.py --resume": "test_a_killed_run_continues_to_the_same_bits",
-    "python finetune.py --resume": "test_a_killed_run_continues_to_the_same_bits",
     "python data/prepare.py shakespeare": "test_a_download_is_verified_before_it_gets_its_name",
     "torchrun --nproc-per-node 8 train.py": "test_two_processes_learn_what_one_learns_and_one_can_go_on",
     "torchrun --nproc-per-node 8 sample.py": "test_two_processes_share_the_prompts",

@@ -94,20 +94,14 @@ def top_p_by_definition(logits, top_p):
     return kept
 
 
-def min_p_by_definition(logits, min_p):
-    probabilities = np.exp(logits) / np.exp(logits).sum()
-    return {i for i, p in enumerate(probabilities) if p >= min_p * probabilities.max()}
-
-
 @pytest.mark.parametrize(
     ("filtered", "definition", "theirs"),
     [
         (sample.keep_top_k, top_k_by_definition, transformers.TopKLogitsWarper),
         (sample.keep_top_p, top_p_by_definition, transformers.TopPLogitsWarper),
         (partial(sample.keep_top_p, k=2), top_p_by_definition, transformers.TopPLogitsWarper),
-        (sample.keep_min_p, min_p_by_definition, transformers.MinPLogitsWarper),
     ],
-    ids=["top-k", "top-p", "top-p, at first of two", "min-p"],
+    ids=["top-k", "top-p", "top-p, at first of two"],
 )
 @settings(max_examples=100, deadline=None)
 @given(values=LOGITS, share=st.floats(0.05, 0.95))
@@ -120,20 +114,6 @@ def test_a_filter_keeps_what_its_definition_and_transformers_keep(
     assert set(kept.isfinite().nonzero()[:, 0].tolist()) == definition(logits[0].numpy(), amount)
     assert torch.equal(kept[kept.isfinite()], logits[0, kept.isfinite()])
     assert torch.equal(kept, theirs(amount)(None, logits.clone())[0])
-
-
-@settings(max_examples=50, deadline=None)
-@given(values=LOGITS, penalty=st.floats(0.5, 2))
-def test_the_repetition_penalty_is_that_of_transformers(values, penalty):
-    logits = torch.tensor(values, dtype=torch.float32)[None] / 10
-    ids = torch.tensor([[0, 1, 0]])
-    seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, True)
-    theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
-    assert torch.allclose(sample.penalize(logits, seen, penalty), theirs)
-
-
-def test_top_k_keeps_k_of_equally_likely_tokens():
-    assert sample.keep_top_k(torch.zeros(2, 10), 3).isfinite().sum(-1).tolist() == [3, 3]
 
 
 def test_top_p_is_the_same_where_the_likeliest_thousand_do_not_suffice():
@@ -161,9 +141,9 @@ def test_tokens_are_drawn_with_their_probabilities():
 
 def test_filters_apply_to_the_scores_after_the_temperature_in_the_order_of_transformers():
     logits = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
-    sampling = Sampling(temperature=0.7, top_k=30, top_p=0.8, min_p=0.1)
+    sampling = Sampling(temperature=0.7, top_k=30, top_p=0.8)
     warpers = [transformers.TemperatureLogitsWarper(0.7), transformers.TopKLogitsWarper(30)]
-    warpers += [transformers.TopPLogitsWarper(0.8), transformers.MinPLogitsWarper(0.1)]
+    warpers.append(transformers.TopPLogitsWarper(0.8))
     theirs = transformers.LogitsProcessorList(warpers)(None, logits.clone()).softmax(-1)
     assert torch.allclose(sample.probabilities_of(logits, sampling), theirs, atol=1e-6)
 
@@ -171,7 +151,7 @@ def test_filters_apply_to_the_scores_after_the_temperature_in_the_order_of_trans
 @pytest.mark.parametrize(
     "wrong",
     [{"temperature": -1}, {"temperature": float("nan")}, {"temperature": 1e-46}, {"top_p": 0}, {"top_p": 1.1}]
-    + [{"top_p": 1e-300}, {"top_k": -1}, {"min_p": 2}, {"repetition_penalty": 0}],
+    + [{"top_p": 1e-300}, {"top_k": -1}],
 )
 def test_values_without_a_meaning_are_refused_by_name(model, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[0]):
@@ -181,21 +161,17 @@ def test_values_without_a_meaning_are_refused_by_name(model, wrong):
 # --- generate ---
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_greedy_ids_equal_those_of_transformers(tmp_path, model, penalty):
+def test_greedy_ids_equal_those_of_transformers(tmp_path, model):
     model.save(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     prompt = [5, 17, 200]
-    expected = theirs.generate(
-        torch.tensor([prompt]), max_new_tokens=28, do_sample=False, repetition_penalty=penalty
-    )
-    ids = continuation(model, prompt, max_new_tokens=28, temperature=0, repetition_penalty=penalty)
+    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=28, do_sample=False)
+    ids = continuation(model, prompt, max_new_tokens=28, temperature=0)
     assert ids == expected[0, 3:].tolist()
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_rows_of_a_ragged_batch_equal_each_alone(model, penalty):
-    settings = dict(max_new_tokens=20, temperature=0, repetition_penalty=penalty)
+def test_rows_of_a_ragged_batch_equal_each_alone(model):
+    settings = dict(max_new_tokens=20, temperature=0)
     prompts = [[1], [5, 6, 7, 8, 9], [10, 11, 12]]
     together = list(zip(*generate(model, prompts, **settings)))
     for prompt, row in zip(prompts, together):
@@ -210,15 +186,11 @@ def test_equal_seeds_draw_equal_texts_and_others_do_not(model):
     assert draw[0] == draw[1] != draw[2]
 
 
-def test_the_samples_of_a_prompt_are_independent_and_read_it_once(model):
+def test_equal_prompts_get_samples_of_their_own_and_a_step_reads_a_token_a_row(model):
     reads = count_reads(model)
-    steps = generate(model, [[3, 4, 5], [6]], max_new_tokens=15, temperature=1.0, top_p=1.0, n_samples=4)
-    rows = list(zip(*steps))
-    assert len(set(rows)) == 8
-    assert reads == [2 * 3] + [8] * 14  # two prompts, padded to three tokens, once; then a token a row
-    greedy = list(zip(*generate(model, [[3, 4, 5], [6]], max_new_tokens=15, temperature=0, n_samples=2)))
-    alone = [tuple(continuation(model, p, max_new_tokens=15, temperature=0)) for p in ([3, 4, 5], [6])]
-    assert greedy == [alone[0], alone[0], alone[1], alone[1]]
+    steps = generate(model, [[3, 4, 5]] * 4 + [[6]] * 4, max_new_tokens=15, temperature=1.0, top_p=1.0)
+    assert len(set(zip(*steps))) == 8
+    assert reads == [8 * 3] + [8] * 14
 
 
 def test_a_row_that_has_ended_yields_none_while_others_go_on(model):
@@ -246,20 +218,14 @@ def test_no_temperature_breaks_the_arithmetic(model, temperature):
     assert (drawn == greedy) == (temperature < 1)
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_text_longer_than_the_context_goes_on_from_its_last_half_in_the_same_cache(
-    model, penalty, monkeypatch
-):
-    settings = dict(max_new_tokens=70, temperature=0, repetition_penalty=penalty)
+def test_text_longer_than_the_context_goes_on_from_its_last_half_in_the_same_cache(model, monkeypatch):
+    settings = dict(max_new_tokens=70, temperature=0)
     expected = [[1, 2, 3] + list(range(60)), [4]]  # longer than the context, and shorter
     rows = [row[-32:] for row in expected]
     # the slow twin: read all of each row for every token
     for _ in range(70):
         for i, row in enumerate(rows):
-            logits = model(torch.tensor([row]))[0, -1]
-            for seen in set(row):
-                logits[seen] *= penalty if logits[seen] < 0 else 1 / penalty
-            row.append(int(logits.argmax()))
+            row.append(int(model(torch.tensor([row]))[0, -1].argmax()))
             expected[i].append(row[-1])
         if max(map(len, rows)) > 32:
             rows = [row[-16:] for row in rows]
@@ -268,25 +234,6 @@ def test_text_longer_than_the_context_goes_on_from_its_last_half_in_the_same_cac
     drawn = zip(*generate(model, [[1, 2, 3] + list(range(60)), [4]], **settings))
     assert list(map(list, drawn)) == [expected[0][63:], expected[1][1:]]
     assert made == [(2, 32)]
-
-
-def test_every_sample_slides_past_the_context(model):
-    assert len(list(generate(model, [[1], [1] * 40], max_new_tokens=70, n_samples=2))) == 70
-
-
-def test_the_repetition_penalty_counts_the_prompt_and_what_was_drawn_in_each_row_alone(model):
-    prompts = [[1, 2, 3, 4], [5]]
-    settings = dict(max_new_tokens=20, temperature=0.02, top_p=1.0, n_samples=2)
-
-    def rows(**more):
-        drawn = zip(*generate(model, prompts, **settings, **more))
-        return [prompts[i // 2] + list(row) for i, row in enumerate(drawn)]
-
-    assert all(len(set(row)) < len(row) for row in rows())
-    a, b, c, d = rows(repetition_penalty=100.0)
-    assert [len(set(row)) for row in (a, b, c, d)] == [24, 24, 21, 21]
-    # what one sample has drawn, another of the same prompt may draw later
-    assert any(new in a[4:i] for i, new in enumerate(b)) and any(new in c[1:i] for i, new in enumerate(d))
 
 
 def test_a_given_cache_is_continued_until_it_is_full(model):
@@ -389,10 +336,9 @@ def test_text_ends_before_the_first_stop_string_and_never_shows_its_beginning(to
     stream, shown = TextStream(tokenizer, stops), ""
     for i in tokenizer.encode(text):  # bytes and pairs of them: every stop string crosses tokens
         shown += stream.add(i)
-        assert stream.text == shown
         assert not stream.held or any(stop.startswith(stream.held) for stop in stops)  # nothing else waits
     shown += stream.add(None)
-    assert stream.text == shown and stream.ended
+    assert stream.ended
     # the slow twin: one character after the other, until a stop string stands at the end
     expected = ""
     for character in text:
@@ -567,13 +513,17 @@ def prompts(tmp_path):
 
 
 def test_a_file_of_prompts_is_answered_in_its_order(folder, prompts, tmp_path, model, tokenizer):
+    with torch.no_grad():
+        for p in model.model.layers.parameters():
+            p *= 3  # large weights let even the greedy text of an untrained model depend on its prompt
+    model.save(folder, tokenizer)
     output = tmp_path / "answers.jsonl"
     files = ("--model", folder, "--prompts", prompts, "--output", output)
-    # the penalty lets even the greedy text of a model that has learned nothing depend on its prompt
-    shown, messages = run(*files, "--batch-size", 3, *GREEDY, "--repetition-penalty", 3)
+    shown, messages = run(*files, "--batch-size", 3, *GREEDY)
     assert shown == "" and "0:00:00 left" in messages
     assert "1 prompts are cut to their last 32 tokens" in messages
     answers = answers_in(output)
+    assert len({answer["completion"] for answer in answers}) == 7
     for i, (record, answer) in enumerate(zip(answers_in(prompts), answers, strict=True)):
         assert answer == record | {"line": i + 1, "completion": answer["completion"]}
         if "prompt" in record:
@@ -581,7 +531,7 @@ def test_a_file_of_prompts_is_answered_in_its_order(folder, prompts, tmp_path, m
         else:
             ids = render(tokenizer, record["messages"], add_generation_prompt=True)[0]
         ends = sample.end_ids(folder, tokenizer)
-        settings = dict(max_new_tokens=8, temperature=0, repetition_penalty=3.0)
+        settings = dict(max_new_tokens=8, temperature=0)
         settings.update(vocab_size=tokenizer.vocab_size, stop_ids=ends)
         alone = continuation(model, ids, **settings)
         assert answer["completion"] == "".join(text_of(alone, tokenizer))
@@ -687,13 +637,9 @@ def test_a_prompt_may_come_through_a_pipe(folder):
     assert run("--model", folder, "--prompt", "-", *GREEDY, input="the dog\n")[0] == shown
 
 
-@pytest.mark.parametrize(
-    ("name", "prompt"), [("pystdlib", "def "), ("shakespeare-chat", "ROMEO:\n"), ("x", "")]
-)
-def test_without_a_prompt_one_that_suits_the_data_is_continued(folder, tmp_path, name, prompt):
-    folder.rename(tmp_path / name)
-    shown, _ = run("--model", tmp_path / name, *GREEDY)
-    assert shown == run("--model", tmp_path / name, *GREEDY, "--prompt", prompt)[0]
+def test_without_a_prompt_an_empty_line_is_continued(folder):
+    shown, _ = run("--model", folder, *GREEDY)
+    assert shown == run("--model", folder, *GREEDY, "--prompt", "\n")[0]
 
 
 def test_a_pipe_into_which_nothing_comes_is_not_waited_for(folder):
@@ -738,7 +684,7 @@ def test_ctrl_c_ends_the_text_without_a_traceback(folder):
         (["--model", ROOT / "tests"], "config.json"),
         (["--temperature", "-1"], "temperature -1.0 must be positive"),
         (["--top-p", "0"], "top-p 0.0 is outside (0, 1]"),
-        (["--seed", "-1"], "--seed -1 must be from 0"),
+        (["--seed", "-1"], "--seed: -1 must be at least 0"),
         (["--stop", ""], "an empty --stop"),
         (["--prompts", "x.txt"], "go together"),
         (["--prompts", "no.jsonl", "--output", "x"], "no.jsonl"),

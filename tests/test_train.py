@@ -26,11 +26,11 @@ from train import (
     NextTokenLoss,
     Pace,
     bits_per_byte,
-    find_run,
     fit_micro_batch,
     fraction_done,
     learning_rate,
     make_optimizers,
+    open_run,
     orthogonalize,
     set_dropout,
     training_step,
@@ -121,7 +121,7 @@ def test_where_compiling_fails_the_run_goes_on_without_and_says_so(model, capsys
     try:
         fit_micro_batch(objective, (ids, ids), settings)
         assert "torch.compile fails here" in capsys.readouterr().out and not settings.compile
-        assert objective(ids, ids)[0].item() == pytest.approx(model.loss(ids, ids, "sum").item())
+        assert objective(ids, ids)[0].item() == pytest.approx(model.summed_loss(ids, ids)[0].item())
     finally:
         torch.compiler.set_stance("default")
 
@@ -184,10 +184,12 @@ def test_orthogonalize_brings_singular_values_near_one_and_keeps_the_directions(
 
 
 def test_the_rate_warms_up_stays_and_falls_to_zero():
-    settings = make_settings(steps=100, fall=40, warmup=10)
+    settings = make_settings(steps=100, fall=40)
     rates = [learning_rate(step, fraction_done(step, 0, settings), settings) for step in range(100)]
-    assert rates[0] == 0.1 and rates[9] == 1 and rates[39] == 1
+    assert rates[0] == 0.05 and rates[19] == 1 and rates[39] == 1
     assert rates[70] == pytest.approx(0.5) and 0 < rates[99] < 0.02
+    settings = make_settings(steps=1, fall=0.4)
+    assert learning_rate(0, 0, settings) == 1
 
 
 class FakeClock:
@@ -201,7 +203,7 @@ class FakeClock:
 def run_by_the_clock(monkeypatch, seconds_of_step, minutes=1.0, eval_seconds=0.5, **changes):
     """A run in pretended time -> (settings, seconds at the end, [(step, rate, seconds of evaluations)])."""
     clock = FakeClock(monkeypatch)
-    settings = make_settings(minutes=minutes, steps=None, fall=None, warmup=50, eval_every=None, **changes)
+    settings = make_settings(minutes=minutes, steps=None, fall=None, **changes)
     pace, step, rates, evaluated = Pace(settings, 0, 0.0, 4), 0, [], []
     while step != settings.steps:
         rates.append(learning_rate(step, pace.done, settings))
@@ -254,7 +256,7 @@ def test_of_two_limits_the_first_one_ends_the_run(monkeypatch):
 def test_evaluations_of_a_fixed_number_of_steps_follow_from_the_step():
     due = []
     for _ in range(2):
-        pace, found = Pace(make_settings(steps=300, fall=120, eval_every=None), 0, 0.0, 1), []
+        pace, found = Pace(make_settings(steps=300, fall=120), 0, 0.0, 1), []
         for step in range(1, 301):
             evaluating, _ = pace.advance(step)
             if evaluating:
@@ -298,7 +300,7 @@ def test_evaluating_changes_nothing(model, tokenizer):
     tokens = torch.arange(1000).numpy() % 320
     model.train()
     state = torch.get_rng_state()
-    first, second = (bits_per_byte(model, tokens, tokenizer.bytes_per_token, 5) for _ in range(2))
+    first, second = (bits_per_byte(model, tokens, tokenizer.bytes_per_token, 5 * 32) for _ in range(2))
     assert first == second
     assert model.training
     assert torch.equal(state, torch.get_rng_state())
@@ -370,7 +372,7 @@ def assert_same_run(out, other):
             assert all(torch.equal(value, theirs["state"][number][key]) for key, value in moments.items())
 
 
-SHORT = ("--steps", 24, "--eval-every", 8, "--save-every", 3, "--batch-size", 2, "--dropout", 0.1)
+SHORT = ("--steps", 24, "--evals", 3, "--save-every", 3, "--batch-size", 2, "--dropout", 0.1)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -392,7 +394,7 @@ def test_a_run_learns_logs_and_leaves_a_model_that_opens(prepared, tmp_path):
     assert rows[-1]["step"] == "60" and rows[-1]["tokens"] == str(60 * 8 * 128)
     assert float(rows[0]["train_loss"]) == pytest.approx(math.log(320), rel=0.1)
     assert float(rows[-1]["train_loss"]) < 2
-    assert 0 < float(rows[-1]["mfu"]) < 1 and float(rows[-1]["memory_mb"]) > 50
+    assert 0 < float(rows[-1]["mfu"]) < 1
     assert [name for name in rows[0] if "bpb" in name] == ["val_bpb"]
     assert f"{float(rows[-1]['val_bpb']):.4f} bits per byte of held-out text after 60 steps" in result.stdout
     assert "python sample.py" in result.stdout
@@ -434,7 +436,7 @@ def test_the_same_seed_gives_the_same_digits_and_no_run_is_overwritten(prepared,
 
 
 def test_evaluating_and_saving_more_often_changes_no_weight(prepared, reference, tmp_path):
-    often = [*SHORT[:2], "--eval-every", 3, *SHORT[6:]]
+    often = [*SHORT[:2], "--evals", 8, *SHORT[6:]]
     run_here("--data", prepared, *often, "--out", tmp_path / "out")
     weights = (tmp_path / "out/model.safetensors").read_bytes()
     assert weights == (reference[0] / "model.safetensors").read_bytes()
@@ -548,36 +550,17 @@ def test_ctrl_c_saves_says_how_to_go_on_and_leaves_no_trace(prepared, reference,
     assert "is finished: 24 steps" in run_here("--resume", "--out", moved)
 
 
-def test_a_run_killed_between_its_two_last_saves_puts_the_model_into_place(reference, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(reference[0], out)
-    good = (out / "model.safetensors").read_bytes()
-    shutil.copy(out / "best/config.json", out / "model.safetensors")
-    assert "is finished" in run_here("--resume", "--out", out)
-    assert (out / "model.safetensors").read_bytes() == good
-
-
-def test_without_a_name_the_newest_unfinished_run_is_found(reference, tmp_path, monkeypatch):
+def test_without_a_name_the_newest_run_of_the_script_is_found(reference, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "OUT", tmp_path)
     for i, name in enumerate(("old", "new")):
         shutil.copytree(reference[0], tmp_path / name)
         os.utime(tmp_path / name, (i, i))
     (tmp_path / "newest-but-empty").mkdir()
-    assert find_run(None, "train.py") == tmp_path / "new", "all are finished"
-    state = torch.load(tmp_path / "old/train_state.pt", weights_only=True)
-    torch.save(state | {"step": 21}, tmp_path / "old/train_state.pt")
-    os.utime(tmp_path / "old", (0, 0))
-    assert find_run(None, "train.py") == tmp_path / "old"
+    arguments = argparse.Namespace(resume=True, out=None, device=None)
+    out, state = open_run(arguments, "train.py")
+    assert out == tmp_path / "new" and state["step"] == 24 and arguments.device == "cpu"
     with pytest.raises(ValueError, match="no saved run of finetune.py"):
-        find_run(None, "finetune.py")
-
-
-def test_a_new_run_says_how_to_go_on_with_an_unfinished_one(prepared, tmp_path):
-    out = tmp_path / "out"
-    process = start("--data", prepared, "--steps", 10000, "--save-every", 1, "--out", out)
-    kill_after(process, out, 1)
-    printed = run_here("--data", prepared, "--steps", 1, "--out", out)
-    assert "to go on with it: python train.py --resume --out" in printed and "out.1" in printed
+        open_run(arguments, "finetune.py")
 
 
 def test_a_second_process_on_the_same_folder_is_refused_and_moves_nothing(prepared, tmp_path):
@@ -605,12 +588,14 @@ def test_a_run_is_resumed_with_what_it_began_with_or_not_at_all(prepared, refere
     other.write_text("".join(f"{WORDS}line {i} of the text\n" for i in range(201)), encoding="utf-8")
     tokenizer = Tokenizer.load(prepare.DATA / prepared / "tokenizer.json")
     try:
+        state = torch.load(out / "train_state.pt", weights_only=True)
+        torch.save(state | {"data": "test-other"}, out / "train_state.pt")
         prepare.prepare([str(other)], name="test-other", tokenizer=tokenizer)
         with pytest.raises(ValueError, match="the text has changed since the run began"):
-            run_here("--resume", "--out", out, "--data", "test-other")
+            run_here("--resume", "--out", out)
         prepare.prepare([str(other)], name="test-other", vocab_size=330)
         with pytest.raises(ValueError, match="the t.* has changed since the run began"):
-            run_here("--resume", "--out", out, "--data", "test-other")
+            run_here("--resume", "--out", out)
     finally:
         shutil.rmtree(prepare.DATA / "test-other")
     state = out / "train_state.pt"
@@ -640,7 +625,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_save_good(prepared, tm
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert not list(out.glob("*unfinished*")) and not list(out.glob(".unfinished*"))
     process = start(*arguments[:3], 10000, *arguments[4:])
-    wait_for(out / "model.safetensors", process)
+    wait_for(out / "train_state.pt", process)
     size = (out / "train_state.pt").stat().st_size
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size - 1, size - 1))
     _, errors = process.communicate(timeout=60)
@@ -651,16 +636,16 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_save_good(prepared, tm
 
 
 def test_a_diverged_run_keeps_the_last_good_model(prepared, tmp_path):
-    arguments = ["--data", prepared, "--steps", 9, "--eval-every", 1, "--lr", 1e30, "--out", tmp_path / "out"]
+    arguments = ["--data", prepared, "--steps", 9, "--evals", 9, "--lr", 1e30, "--out", tmp_path / "out"]
     with pytest.raises(ValueError, match="the loss diverged: try a lower --lr; "):
         run_here(*arguments)
     for path in (tmp_path / "out").glob("model.safetensors"):
         assert all(p.isfinite().all() for p in Transformer.load(path.parent).parameters())
 
 
-def test_a_folder_that_holds_no_model_is_never_moved(prepared, tmp_path):
+def test_a_folder_that_holds_no_run_is_never_moved(prepared, tmp_path):
     (tmp_path / "precious").touch()
-    with pytest.raises(ValueError, match="exists and holds no model: choose another --out"):
+    with pytest.raises(ValueError, match="exists and holds no run: choose another --out"):
         run_here("--data", prepared, "--steps", 1, "--out", tmp_path)
     assert (tmp_path / "precious").exists()
 
@@ -702,7 +687,7 @@ def test_a_mistake_is_one_line_on_stderr(prepared, arguments):
 
 # --- several processes ---
 
-SHARED = ("--steps", 20, "--eval-every", 4, "--batch-size", 4, "--dtype", "float32", "--lr", 0.005)
+SHARED = ("--steps", 20, "--evals", 5, "--batch-size", 4, "--dtype", "float32", "--lr", 0.005)
 
 
 @pytest.fixture(scope="module")

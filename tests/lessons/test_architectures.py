@@ -52,7 +52,7 @@ def test_one_reason_is_that_causal_training_has_more_targets_in_a_sequence():
     for name, kept in has_target.items():
         targets = ids[:, 1:].where(kept, -100)
         with torch.no_grad():
-            n = model.loss(ids[:, :-1], targets, "sum") / model.loss(ids[:, :-1], targets)
+            n = model.summed_loss(ids[:, :-1], targets)[0] / model.loss(ids[:, :-1], targets)
         rows.append((name, round(n.item())))
     table("model | targets in 128 tokens", *rows)
     assert [n for _, n in rows] == [128, 64, 20]

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from model import Transformer
 from sample import (
@@ -14,7 +15,6 @@ from sample import (
     keep_top_k,
     keep_top_p,
     make_cache,
-    penalize,
     probabilities_of,
 )
 
@@ -68,7 +68,7 @@ def test_greedy_is_the_limit_of_temperature_and_of_top_k():
     Source: Holtzman et al. (2020, arXiv 1904.09751), sec. 3
     """
     scores, rows = torch.tensor([[2.0, 1.0, 0.5, -1.0]]), []
-    for temperature in (0.0, 0.05, 0.5, 1.0, 2.0, 1e4):
+    for temperature in (1e-30, 0.05, 0.5, 1.0, 2.0, 1e4):
         p = probabilities_of(scores, Sampling(temperature=temperature, top_p=1.0))[0]
         rows.append((temperature, p, -torch.special.xlogy(p, p).sum()))
     table("temperature | probabilities | entropy", *rows)
@@ -140,7 +140,7 @@ def test_contrastive_search_avoids_tokens_too_similar_to_the_context():
 
     Often told: it penalises tokens that are similar to earlier ones. The similarity is of hidden states, and
     the model's own opinion counts, too.
-    Code: sample.py penalize
+    Code: model.py Transformer.hidden
     Source: Su et al. (2022, arXiv 2202.06417)
     """
     V = 6
@@ -194,10 +194,16 @@ def test_a_repetition_penalty_must_treat_negative_scores_differently():
     be; to subtract a constant would not have this flaw.
 
     Often told: scores are divided. So says the paper; the rule for negative ones came with the libraries.
-    Code: sample.py penalize
+    Code: sample.py probabilities_of
     Source: Keskar et al. (2019, arXiv 1909.05858), sec. 4.1; RepetitionPenaltyLogitsProcessor in transformers
     """
+
+    def penalize(scores, seen, penalty):
+        return torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+
     scores, seen = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[False, True, False]])
+    theirs = RepetitionPenaltyLogitsProcessor(1.5)(torch.tensor([[1]]), scores.clone())
+    assert torch.equal(penalize(scores, seen, 1.5), theirs)
     divided = torch.where(seen, scores / 1.5, scores)
     ways = {"before": scores, "divided by 1.5": divided, "penalised": penalize(scores, seen, 1.5)}
     rows = [(way, z[0], z.softmax(-1)[0, 1].item()) for way, z in ways.items()]
@@ -266,7 +272,7 @@ def test_greedy_speculation_writes_the_same_text_in_fewer_runs(reader_of_the_spe
     Source: Leviathan et al. (2023, arXiv 2211.17192), sec. 3; Elhoushi et al. (2024, arXiv 2404.16710) on the
     first layers as the draft
     """
-    model, greedy, rows = reader_of_the_speech, Sampling(temperature=0), []
+    model, greedy, rows = reader_of_the_speech, Sampling(temperature=1e-30), []
     first_block = Transformer(replace(model.config, n_layer=1)).eval()
     first_block.load_state_dict(model.state_dict(), strict=False)
     by_chance = drawn_model(vocab_size=model.config.vocab_size, n_layer=1)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune import LoRALinear, PreferenceLoss, add_lora, log_probs, merge
+from finetune import LoRALinear, add_lora, log_probs, measure_preference, merge
 from model import Config, KVCache, Transformer
 
 from .book import LLAMA_2_7B, LLAMA_3_8B, drawn_model, forward, largest, places, table, tiny_config, train
@@ -267,7 +267,8 @@ def test_one_pass_trains_every_turn_of_a_conversation():
         targets = torch.full_like(ids, -100)
         for i in answers:
             targets[ends[i - 1] : ends[i]] = ids[ends[i - 1] : ends[i]]
-        return model.loss(ids[None, :-1], targets[None, 1:], "sum").item()
+        total, _ = model.summed_loss(ids[None, :-1], targets[None, 1:])
+        return total.item()
 
     ids = torch.cat(turns)
     apart = [loss(ids[: ends[i]], [i]) for i in (1, 3, 5)]
@@ -282,7 +283,7 @@ def test_fine_tuning_forgets_and_replay_prevents_most_of_it():
     Nothing in the new loss holds the old behaviour in place. A share of old data in each batch (replay) keeps
     most of it, at little cost to the new.
 
-    Code: finetune.py Batches
+    Code: finetune.py read_batch
     Source: McCloskey & Cohen (1989); Ibrahim et al. (2024, arXiv 2403.08763)
     """
     old, new = (torch.randn(2, 12, 12) * 2.5).softmax(-1)  # two languages: p(next | token)
@@ -330,7 +331,7 @@ def test_dpo_starts_at_ln_2_and_learns_most_from_pairs_in_the_wrong_order():
 
     Often told: it makes the chosen answer likelier. It raises its odds against the other; both may become
     less likely (Pang et al., 2024, arXiv 2404.19733).
-    Code: finetune.py PreferenceLoss
+    Code: finetune.py measure_preference
     Source: Rafailov et al. (2023, arXiv 2305.18290), sec. 4, eq. 7
     """
     model, beta = drawn_model(), 0.5
@@ -340,16 +341,16 @@ def test_dpo_starts_at_ln_2_and_learns_most_from_pairs_in_the_wrong_order():
     with torch.no_grad():
         log_p = log_probs(model, ids.flatten(0, 1), targets.flatten(0, 1)).view(3, 2)
     moved = torch.tensor([[0.0, 0.0], [3.0, -1.0], [-3.0, 1.0]])  # what ln p/p0 of the answers has become
-    references = (log_p - moved).requires_grad_()
-    loss, measured = PreferenceLoss(model, beta, likelihood=0)(ids, targets, references)
-    # the margin falls as the reference rises: the gradient has the size of that in ln p
-    loss.backward()
-    rows = [(pair[1], pair[0], abs(slope)) for pair, slope in zip(measured, references.grad[:, 0])]
+    log_p.requires_grad_()
+    measured = measure_preference(log_p, log_p.detach() - moved, beta)
+    measured[:, 0].sum().backward()
+    measured = measured.detach()
+    rows = [(pair[1], pair[0], abs(slope)) for pair, slope in zip(measured, log_p.grad[:, 0])]
     table("margin | loss | size of the gradient in ln p(chosen)", *rows)
     assert abs(measured[0, 0] - math.log(2)) < 1e-4
     assert torch.allclose(measured[:, 1], beta * (moved[:, 0] - moved[:, 1]), atol=1e-4)
     wanted = beta * torch.sigmoid(-measured[:, 1])
-    assert torch.allclose(references.grad[:, 0].abs(), wanted, atol=1e-4)
+    assert torch.allclose(log_p.grad[:, 0].abs(), wanted, atol=1e-4)
     assert rows[1][2] < rows[0][2] < rows[2][2]
 
 
@@ -399,7 +400,7 @@ def test_the_clip_of_ppo_stops_the_gradient_outside_the_trusted_region():
     favours, there is no gradient. Four models are held: the policy, which writes, and the critic, which says
     what to expect, both learn; the reward model and the reference, the policy as it began, do not.
 
-    Code: finetune.py set_references
+    Code: finetune.py PreferenceLoss
     Source: Schulman et al. (2017, arXiv 1707.06347), eq. 7; Ouyang et al. (2022), sec. 3.5
     """
     rows = []

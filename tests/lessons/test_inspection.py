@@ -142,7 +142,7 @@ def test_losses_of_channels_are_summed_before_they_are_divided():
     model, ids = drawn_model(), torch.randint(64, (4, 9))
     targets, channels = ids[:, 1:].clone(), torch.tensor([0, 0, 1, 1])
     targets[0, 2:] = IGNORED  # row 0 has two targets, the others eight
-    _, nats = model.loss(ids[:, :-1], targets, reduction="rows")
+    _, nats = model.summed_loss(ids[:, :-1], targets)
     counts = (targets != IGNORED).sum(1)
     sums = torch.zeros(2, 2).index_add(0, channels, torch.stack((counts, nats), 1))
     losses = averages("val", ("loss",), ("short", "long"), sums)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import PRESETS, Config, KVCache, Transformer
-from sample import generate
+from sample import generate, make_cache, prefill
 from train import make_optimizers
 
 from .book import LLAMA_2_7B, LLAMA_3_8B, causal, drawn_model, largest, moved_by, places, table
@@ -397,17 +397,22 @@ def test_several_samples_of_one_prompt_share_its_reading():
     each sample, so that only what is new is paid for four times. Serving programs share them between requests
     that begin alike.
 
-    Code: sample.py repeat_rows
+    Code: sample.py prefill
     Source: Kwon et al. (2023, arXiv 2309.06180), sec. 4.4
     """
-    model, prompt, rows = drawn_model(), torch.randint(64, (200,)).tolist(), []
-    for name, prompts, n_samples in (("4 times", [prompt] * 4, 1), ("once", [prompt], 4)):
-        with FlopCounterMode(display=False) as counter:
-            steps = list(generate(model, prompts, max_new_tokens=8, n_samples=n_samples))
-        rows.append((name, counter.get_total_flops(), steps))
-    table(
-        "the prompt is read | FLOPs of the weight matrices, for 4 samples of 8 tokens",
-        *(row[:2] for row in rows),
-    )
-    assert rows[0][2] == rows[1][2]
-    assert rows[0][1] > 3 * rows[1][1]
+    model, prompt = drawn_model(), torch.randint(64, (200,)).tolist()
+    with FlopCounterMode(display=False) as four_times:
+        apart = list(generate(model, [prompt] * 4, max_new_tokens=8))
+    with FlopCounterMode(display=False) as once, torch.inference_mode():
+        read, cache = make_cache(model, 1, 208), make_cache(model, 4, 208)
+        prefill(model, read, [prompt[:-1]])
+        cache.k.copy_(read.k)
+        cache.v.copy_(read.v)
+        cache.lengths.copy_(read.lengths)
+        cache.span = read.span
+        shared = list(generate(model, [prompt[-1:]] * 4, max_new_tokens=8, cache=cache))
+    flops = [counter.get_total_flops() for counter in (four_times, once)]
+    head = "the prompt is read | FLOPs of the weight matrices, for 4 samples of 8 tokens"
+    table(head, ("4 times", flops[0]), ("once", flops[1]))
+    assert apart == shared
+    assert flops[0] > 3 * flops[1]

@@ -33,7 +33,7 @@ def test_bpe_merges_the_most_frequent_pair_of_neighbours():
     Source: Gage (1994); Sennrich et al. (2016, arXiv 1508.07909), algorithm 1
     """
     chunk, rows = [b"a", b"a", b"a", b"b", b"d", b"a", b"a", b"a", b"b", b"a", b"c"], []
-    merges = learn_merges({"aaabdaaabac": 1}, 3, log=print)
+    merges = learn_merges({"aaabdaaabac": 1}, 3)
     for left, right in merges:
         count = Counter(zip(chunk, chunk[1:]))[left, right]
         i = 0
@@ -106,7 +106,7 @@ def test_wordpiece_takes_the_pair_that_belongs_together_and_not_the_most_frequen
 
     rows = [("".join(pair), pairs[pair], score(pair)) for pair in sorted(pairs, key=pairs.get, reverse=True)]
     table("pair | count: BPE takes the most | count(ab) / (count(a) count(b)): WordPiece", *rows)
-    assert learn_merges(WORDS, 1, log=print) == [(b"u", b"g")] == [tuple(c.encode() for c in rows[0][0])]
+    assert learn_merges(WORDS, 1) == [(b"u", b"g")] == [tuple(c.encode() for c in rows[0][0])]
     assert max(pairs, key=score) == ("g", "s") and pairs["g", "s"] == 5
 
 
@@ -124,7 +124,7 @@ def test_sentencepiece_loses_nothing_because_a_space_is_a_symbol(of_the_speech):
     """
     text = "to  be,\nor not to  be"
     with_symbol = text.replace(" ", "▁")
-    joined = b"".join(learn_merges({with_symbol: 2}, 4, log=print)[-1]).decode()  # of four merges
+    joined = b"".join(learn_merges({with_symbol: 2}, 4)[-1]).decode()  # of four merges
     pieces = with_symbol.replace(joined, f"|{joined}|").split("|")
     ways = {
         "words": text.split(),

@@ -143,7 +143,7 @@ def test_micro_batches_must_be_weighted_by_their_tokens():
     whole = gradient([model.loss(ids, targets)])
     ways = {
         "the mean of the means": gradient(model.loss(x, y) / 4 for x, y in one_by_one),
-        "sums, over all tokens": gradient(model.loss(x, y, "sum") / n for x, y in one_by_one),
+        "sums, over all tokens": gradient(model.summed_loss(x, y)[0] / n for x, y in one_by_one),
     }
     found = [(way, ((g - whole).norm() / whole.norm()).item()) for way, g in ways.items()]
     table("4 micro-batches of 1, 6, 12 and 12 targets, by | error of the gradient", *found)
