@@ -296,9 +296,10 @@ class KVCache:
 
     def append(self, layer, positions, mask, k, v):
         """Write a layer's new k, v (B, K, T, D) at their positions; return those of all S, (B, K, S, D)."""
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        self.k[layer].transpose(1, 2)[rows, positions[:, 0]] = k.transpose(1, 2)  # (B, T, K, D)
-        self.v[layer].transpose(1, 2)[rows, positions[:, 0]] = v.transpose(1, 2)
+        rows = torch.arange(k.size(0), device=k.device)[:, None, None]  # (B, 1, 1)
+        heads = torch.arange(k.size(1), device=k.device)[:, None]  # (K, 1)
+        self.k[layer][rows, heads, positions] = k
+        self.v[layer][rows, heads, positions] = v
         S = k.size(2) if mask is None else mask.size(-1)
         return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
 
@@ -322,11 +323,12 @@ class Transformer(nn.Module):
         self.config = config
         C, V = config.n_embd, config.vocab_size
         self.model = nn.ModuleDict()  # for Hugging Face's names, such as "model.layers.0.mlp.up_proj.weight"
-        self.model.embed_tokens = nn.Embedding(V, C)
+        self.model.embed_tokens = nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.model.norm = nn.RMSNorm(C, config.norm_eps)
         self.lm_head = None if config.tie_embeddings else nn.Linear(C, V, bias=False)
-        self.init_weights()
+        if not self.model.norm.weight.is_meta:  # `load` puts its own weights there
+            self.init_weights()
 
     def init_weights(self):
         """Draw fresh weights that start as an even guess over the vocabulary, a loss of ln V."""
