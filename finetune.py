@@ -732,7 +732,7 @@ def main():
             if out in (Path(path), *Path(path).parents):
                 raise ValueError(f"{out} holds what is read, {path}: choose another --out")
 
-    with claim(out, new=state is None):
+    with claim(out, state):
         if state:
             fixed = {name: state[name] for name in ("script", "data", "identity", "before")}
         else:

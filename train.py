@@ -24,6 +24,7 @@ import signal
 import statistics
 import sys
 import time
+import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -487,12 +488,19 @@ def make_folder(out):
     return held
 
 
-def claim(out, new):
-    """Lock a run's folder, as long as the context lasts; a new run gets an empty one. One process does it."""
+def claim(out, state):
+    """Lock a run's folder, as long as the context lasts; without a state to resume, make it an empty one.
+
+    One process does it. ValueError: another process has the folder, or had it since the state was read.
+    """
     rank, _ = rank_and_world()
     held = nullcontext()
-    if rank == 0:
-        held = make_folder(out) if new else lock(out)
+    if rank == 0 and state is None:
+        held = make_folder(out)
+    elif rank == 0:
+        held = lock(out)
+        if read_state(out, mmap=True)["step"] != state["step"]:
+            raise ValueError(f"the run in {out} has just gone on: resume it again")
     from_first_process(0)  # the others wait
     return held
 
@@ -521,10 +529,13 @@ def save_state(out, state, model, optimizers):
 
 def read_state(out, mmap=False):
     """What save_state wrote. mmap: without reading the tensors. ValueError: the file is damaged."""
+    damaged = f"{out / STATE} is damaged, so the run cannot be resumed; the models in {out} may be good"
     try:
+        if not mmap and zipfile.ZipFile(out / STATE).testzip():  # compares checksums, which PyTorch does not
+            raise ValueError(damaged)
         return torch.load(out / STATE, map_location="cpu", weights_only=True, mmap=mmap)
-    except (EOFError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{out / STATE} is damaged: {' '.join(str(error).split()):.200}") from None
+    except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile):
+        raise ValueError(damaged) from None
 
 
 def open_run(args, script):
@@ -820,11 +831,11 @@ def move_settings(settings, device, n_rows):
         settings.micro_batch = -(-settings.batch_size // world)
 
 
-def train(settings, data, out, state=None):
+def train(settings, data, blocks, out, state=None):
     """Train a model from its first step or, given the saved state of a run, from there on.
 
-    Leaves in `out` what the section "save and resume" lists. Returns the number of steps taken, and the bits
-    per byte that were measured last, after the last step of all held-out text.
+    blocks: of data.train. Leaves in `out` what the section "save and resume" lists. Returns the number of
+    steps taken, and the bits per byte that were measured last, after the last step of all held-out text.
     """
     rank, world = rank_and_world()
     device, tokenizer = settings.device, data.tokenizer
@@ -832,7 +843,6 @@ def train(settings, data, out, state=None):
     torch.manual_seed(settings.seed)
     model = Transformer(config).to(device).train()
     optimizers = make_optimizers(model, settings.lr, settings.weight_decay, getattr(torch, settings.dtype))
-    blocks = Blocks(data.train, settings.block_size, settings.seed)
     prompt = data.val[:8].tolist()
     step, seconds, best, bpb = 0, 0.0, math.inf, None
     loss_sum, n_summed = torch.zeros((), device=device), 0  # over the steps since the last line of the log
@@ -941,8 +951,9 @@ def main():
     else:
         settings = choose_settings(args, device)
         show_plan(settings, data)
-    with claim(out, new=state is None):
-        step, bpb = train(settings, data, out, state)
+    blocks = Blocks(data.train, settings.block_size, settings.seed)
+    with claim(out, state):
+        step, bpb = train(settings, data, blocks, out, state)
     if step != settings.steps:
         print(f"\nstopped after step {step:,}; to go on: python train.py --resume --out {place}")
         return 130

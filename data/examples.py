@@ -91,7 +91,9 @@ def read_examples(path, pairs=False):
     ValueError: not one line is usable.
     """
     examples, faults = [], []
-    wanted = '"prompt", "chosen" and "rejected"' if pairs else '"messages", or "prompt" and "completion"'
+    wanted = '"messages", or "prompt" and "completion" (--method dpo reads "chosen" and "rejected")'
+    if pairs:
+        wanted = '"prompt", "chosen" and "rejected"'
     lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -599,9 +599,30 @@ def test_a_run_is_resumed_with_what_it_began_with_or_not_at_all(prepared, refere
     finally:
         shutil.rmtree(prepare.DATA / "test-other")
     state = out / "train_state.pt"
-    state.write_bytes(state.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="train_state.pt is damaged"):
-        run_here("--resume", "--out", out)
+    raw = state.read_bytes()
+    middle = len(raw) // 2
+    flipped = raw[:middle] + bytes([raw[middle] ^ 255]) + raw[middle + 1 :]
+    for wrong in (raw[:-1000], flipped, b"", b"x" * 1000):
+        state.write_bytes(wrong)
+        with pytest.raises(ValueError, match="train_state.pt is damaged"):
+            run_here("--resume", "--out", out)
+
+
+def test_a_run_that_cannot_begin_moves_nothing(prepared, reference, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(reference[0], out)
+    with pytest.raises(ValueError, match="too few for blocks of 100000"):
+        run_here("--data", prepared, "--steps", 1, "--block-size", 100000, "--out", out)
+    assert (out / "model.safetensors").exists() and not (tmp_path / "out.1").exists()
+
+
+def test_a_state_that_was_saved_again_before_the_lock_is_not_resumed(reference, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(reference[0], out)
+    with pytest.raises(ValueError, match="has just gone on: resume it again"):
+        stage.claim(out, {"step": 21})
+    with stage.claim(out, {"step": 24}), pytest.raises(ValueError, match="another process is training"):
+        stage.lock(out)
 
 
 def test_a_budget_in_minutes_is_kept(prepared, tmp_path):
