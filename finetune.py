@@ -402,6 +402,7 @@ def identity_of(settings, material):
 
 
 def parse_arguments():
+    """What was typed. ValueError: options that do not go together."""
     parser = argparse.ArgumentParser(description="Teach a model to answer.", exit_on_error=False)
     what = parser.add_argument_group("what to learn")
     what.add_argument("--model", metavar="DIR", help="where to start (the newest base model under out/)")

@@ -561,6 +561,7 @@ def seed_number(text):
 
 
 def parse_arguments():
+    """What was typed. ValueError: options that do not go together."""
     parser = argparse.ArgumentParser(description="Text from a model.", exit_on_error=False)
     add = parser.add_argument
     add("--model", metavar="DIR", help="model folder (the newest under out/)")

@@ -673,6 +673,7 @@ def add_sample(out, model, tokenizer, prompt, step):
 
 
 def parse_arguments():
+    """What was typed. ValueError: options that do not go together."""
     parser = argparse.ArgumentParser(description="Train a model on prepared data.", exit_on_error=False)
     what = parser.add_argument_group("what to train")
     what.add_argument("--data", metavar="NAME", default="pystdlib", help="folder under data/ (pystdlib)")

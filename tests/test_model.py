@@ -546,6 +546,13 @@ def test_rows_of_any_lengths_are_read_like_each_alone(data):
     assert cache.lengths.tolist() == [len(row) for row in rows]
 
 
+def test_opening_a_model_imports_no_compiler(model, tmp_path):
+    """torch._dynamo takes a second, and random numbers on the device meta would import it."""
+    model.save(tmp_path)
+    code = "import sys, model; model.Transformer.load(sys.argv[1]); sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True)
+
+
 def test_a_full_cache_says_so_and_its_size_is_the_formula(model):
     c = model.config
     cache = KVCache(c, 2, 8)

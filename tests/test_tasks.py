@@ -107,6 +107,23 @@ def test_equal_files_give_equal_examples(tmp_path, monkeypatch):
         assert path.read_bytes() == (second / path.name).read_bytes()
 
 
+def test_missing_tasks_are_written_and_data_of_another_python_is_reported(tmp_path, monkeypatch, capsys):
+    written = []
+    monkeypatch.setattr(tasks, "DATA", tmp_path)
+    monkeypatch.setattr(tasks, "FOLDER", tmp_path / "tasks")
+    monkeypatch.setattr(tasks, "write_tasks", lambda: written.append(True))
+    (tmp_path / "pystdlib").mkdir()
+    for version, warned in ((tasks.platform.python_version(), False), ("3.0.0", True)):
+        (tmp_path / "pystdlib/meta.json").write_text(f'{{"python": "{version}"}}')
+        tasks.find_tasks()
+        assert ("of another Python" in capsys.readouterr().out) == warned
+    assert written == [True, True]
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/test.jsonl").touch()
+    tasks.find_tasks()
+    assert len(written) == 2
+
+
 def test_a_name_has_the_same_pieces_wherever_it_stands():
     split = compile_splitter(WORDS_PATTERN)
     for text in ("(name, name):", "x = name", "def name(", "\n\nname\n", "self.name=name", '"name"'):

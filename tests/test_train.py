@@ -616,6 +616,18 @@ def test_a_run_that_cannot_begin_moves_nothing(prepared, reference, tmp_path):
     assert (out / "model.safetensors").exists() and not (tmp_path / "out.1").exists()
 
 
+def test_a_resumed_run_is_shared_by_other_processes_if_each_gets_a_row(monkeypatch, capsys):
+    settings = make_settings(batch_size=5, micro_batch=5)
+    for world, micro_batch in ((1, 5), (2, 3), (5, 1)):
+        monkeypatch.setattr(stage, "rank_and_world", lambda world=world: (0, world))
+        stage.move_settings(settings, "cpu", 5)
+        assert (settings.processes, settings.micro_batch) == (world, micro_batch)
+    assert "it began on 1 x cpu, now 2 x cpu" in capsys.readouterr().out
+    monkeypatch.setattr(stage, "rank_and_world", lambda: (0, 6))
+    with pytest.raises(ValueError, match="6 processes are too many for this run: a batch has 5 rows"):
+        stage.move_settings(settings, "cpu", 5)
+
+
 def test_a_state_that_was_saved_again_before_the_lock_is_not_resumed(reference, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(reference[0], out)
