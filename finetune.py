@@ -29,7 +29,7 @@ from data import tasks
 from data.examples import Examples, hold_out, read_examples
 from data.loader import IGNORED, Blocks, Data
 from data.prepare import DATA
-from model import Transformer, replace_files, save_safetensors
+from model import Transformer, is_fast, replace_files, save_safetensors
 from sample import OUT, end_ids, generate, positive_float, positive_int
 from tokenizer import Tokenizer, render, with_chat_tokens
 from train import (
@@ -49,6 +49,7 @@ from train import (
     check_finite,
     choose_dtype,
     claim,
+    compare_with_cpu,
     fit_micro_batch,
     from_first_process,
     learning_rate,
@@ -63,6 +64,7 @@ from train import (
     restore,
     run,
     save_state,
+    say_if_busy,
     schedule_settings,
     show,
     start,
@@ -341,8 +343,9 @@ def open_base(base, device, lora):
     """The model in a folder, with rows for the tokens of a chat, ready to learn."""
     if not Path(base, "config.json").exists():
         raise ValueError(f"{base} is not a model folder: it has no config.json")
-    dtype = None if lora else torch.float32  # frozen weights keep their dtype
-    model = Transformer.load(base, device, dtype)
+    model = Transformer.load(base, device)
+    if not lora or not is_fast(model.model.norm.weight.dtype, device):  # frozen weights keep a fast dtype
+        model.float()
     known = Tokenizer.load(Path(base, "tokenizer.json"))
     tokenizer = with_chat_tokens(known)
     if tokenizer.vocab_size > known.vocab_size:
@@ -675,7 +678,7 @@ def tune(settings, material, model, out, fixed, state=None):
 
             if logging:
                 values["seconds"] = pace.read_clock()
-                log.write(values, pace.left(step), keep=evaluating, details=details)
+                log.write(values, pace.left(step), keep=evaluating or step == 1, details=details)
 
             save_asked = settings.save_every and step % settings.save_every == 0
             if evaluating or stop or save_asked or pace.seconds - saved > SAVE_SECONDS:
@@ -719,6 +722,8 @@ def main():
     if settings.lora_rank:
         torch.manual_seed(settings.seed)
         add_lora(model, settings.lora_rank, settings.lora_alpha)
+    if device != "cpu":
+        compare_with_cpu(model.config, device)
     place, identity = os.path.relpath(out), identity_of(settings, material)
     if state:
         refuse_changes(state, identity)
@@ -746,6 +751,7 @@ def main():
         after = measure(model, material, settings)
         if rank == 0:
             report(material, fixed["before"], after, out)
+            say_if_busy(out)
     if material.data:
         change = f"{fixed['before']['bpb']:.4f} bits per byte before, {after['bpb']:.4f} now"
         print(f"\nthe base model's own text, {material.data.name}: {change}")

@@ -69,6 +69,11 @@ def fast_dtype(device):
     return torch.float32
 
 
+def is_fast(dtype, device):
+    """Whether products in a dtype are fast on a device; if not, float32 is better."""
+    return device != "cpu" or dtype in (torch.float32, fast_dtype(device))
+
+
 @cache
 def matmul_rate(device, dtype):
     """FLOPs per second of large matrix products, the most that a device gives."""
@@ -143,11 +148,13 @@ class Config:
 
 # Shapes without a vocabulary. Heads of 64 channels suit attention kernels. Three matrices of an MLP 8/3 as
 # wide as the stream have as many weights as two of 4 times its width (Shazeer, 2020); medium and large are
-# wider, since they have fewer key/value heads. nano is for 3 minutes on 2 CPU cores, micro for an hour;
-# small, medium and large have the depth and width of GPT-2's models.
+# wider, since they have fewer key/value heads. small, medium and large have the depth and width of GPT-2's
+# models; for the others, each the size for about five times the budget of the one before, see train.py.
 PRESETS = {
+    "pico": dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=128, n_hidden=352),
     "nano": dict(n_layer=4, n_head=3, n_kv_head=3, n_embd=192, n_hidden=512),
-    "micro": dict(n_layer=8, n_head=6, n_kv_head=3, n_embd=384, n_hidden=1024),
+    "micro": dict(n_layer=6, n_head=4, n_kv_head=2, n_embd=256, n_hidden=704),
+    "mini": dict(n_layer=8, n_head=6, n_kv_head=3, n_embd=384, n_hidden=1024),
     "small": dict(n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_hidden=2048),
     "medium": dict(n_layer=24, n_head=16, n_kv_head=8, n_embd=1024, n_hidden=3072),
     "large": dict(n_layer=36, n_head=20, n_kv_head=10, n_embd=1280, n_hidden=4096),

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model import KVCache, Transformer, choose_device, fast_dtype
+from model import KVCache, Transformer, choose_device, fast_dtype, is_fast
 from tokenizer import Tokenizer, render
 
 OUT = Path(__file__).resolve().parent / "out"
@@ -189,11 +189,20 @@ def generate(
             logits = prefill(model, cache, rows)
 
 
-# --- packed weights ---
+# --- the layout of the weights ---
+#
+# To draw one token, a CPU multiplies one row by every matrix, so it mostly waits for memory, and the order in
+# which a matrix lies there decides. `pack` chooses it by the processor, never by a timing: a product in
+# another order is rounded otherwise, and equal seeds shall write equal texts.
+
+
+def by_columns(weight):
+    """The same matrix, with its columns instead of its rows one after the other in memory."""
+    return weight.detach().T.contiguous().T
 
 
 class PackedLinear(nn.Module):
-    """A matrix in oneDNN's own order, which a CPU reads about twice as fast; for decoding only."""
+    """A matrix in oneDNN's own order, the fastest where there are bfloat16 units; for decoding only."""
 
     def __init__(self, weight, bias):
         super().__init__()
@@ -201,7 +210,7 @@ class PackedLinear(nn.Module):
         self.packed, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight), bias
         self.columns = None
         if weight.dtype == torch.float32 and weight.numel() <= SMALL:
-            self.columns = weight.T.contiguous().T
+            self.columns = by_columns(weight)
 
     def forward(self, x):
         is_one_row = x.numel() == x.size(-1)
@@ -211,18 +220,21 @@ class PackedLinear(nn.Module):
 
 
 def pack(model):
-    """Replace a model's matrices by packed ones where that is faster. It cannot learn any more."""
+    """Lay out a model's matrices for decoding on this CPU, packed or by columns. It cannot learn any more."""
     weight = model.model.norm.weight
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return model
-    if not torch.backends.mkldnn.is_available() or fast_dtype("cpu") == torch.float32:
-        return model  # without bfloat16 units (AVX2), packed matrices are slower
+    has_units = torch.backends.mkldnn.is_available() and fast_dtype("cpu") == torch.bfloat16
     if model.lm_head is None:
-        model.lm_head = PackedLinear(model.model.embed_tokens.weight, None)
+        V, C = model.model.embed_tokens.weight.shape
+        model.lm_head = nn.Linear(C, V, bias=False, device="meta")
+        model.lm_head.weight = model.model.embed_tokens.weight
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
+            if isinstance(child, nn.Linear) and has_units:
                 setattr(module, name, PackedLinear(child.weight, child.bias))
+            elif isinstance(child, nn.Linear):
+                child.weight = nn.Parameter(by_columns(child.weight), requires_grad=False)
     return model
 
 
@@ -510,12 +522,19 @@ def newest_model():
 
 
 def load(folder, device="cpu", dtype=None):
-    """Open a folder's model, ready for decoding, and its tokenizer. dtype None: as in the file."""
+    """Open a folder's model, ready for decoding, and its tokenizer.
+
+    dtype None: as in the file, or float32 where the processor has no units for that.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
-    model = pack(Transformer.load(folder, device, dtype))
-    return model, Tokenizer.load(folder / "tokenizer.json")
+    model = Transformer.load(folder, device, dtype)
+    stored = model.model.norm.weight.dtype
+    if dtype is None and not is_fast(stored, device):
+        print(f"this processor has no units for {stored}: in float32", file=sys.stderr)
+        model.float()
+    return pack(model), Tokenizer.load(folder / "tokenizer.json")
 
 
 def end_ids(folder, tokenizer):
@@ -583,7 +602,11 @@ def parse_arguments():
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
     add("--seed", type=seed_number, default=0, help="equal seeds draw equal samples (0)")
     add = parser.add_argument_group("speed").add_argument
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (as in the file)")
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the weights (as in the file, if that is fast)",
+    )
     add("--compile", action="store_true", help="on a GPU: fuse kernels, which pays in long runs")
     add("--device", help="cpu, cuda or mps (the fastest of this machine)")
     args = parser.parse_args()

@@ -26,10 +26,11 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -38,6 +39,7 @@ from data.loader import IGNORED, Blocks, find_data, load_data, validation_batche
 from model import PRESETS, Config, Transformer, choose_device, fast_dtype, matmul_rate
 from sample import OUT, generate, positive_float, positive_int, seed_number
 
+EPOCHS = 8  # at most under --minutes: what is read more often is memorized
 EVAL_TOKENS = 2**14  # of validation text in each evaluation but the last, which takes all of it
 SAVE_SECONDS = 600  # the longest time between two saves
 WARMUP = 50  # steps
@@ -292,11 +294,11 @@ class Pace:
         return self.seconds
 
     def advance(self, step):
-        """Count a step -> (evaluate now?, log now?)."""
+        """Count a step -> (evaluate now?, log now?). The first loss shows whether all began well."""
         before = self.done
         self.done = fraction_done(step, self.read_clock(), self.settings)
         evaluate = passes(self.settings.n_evals, before, self.done)
-        return evaluate, evaluate or passes(100, before, self.done)
+        return evaluate, evaluate or step == 1 or passes(100, before, self.done)
 
     def end_lap(self, step):
         """Seconds per step since the lap began. Call it after waiting for the device."""
@@ -379,6 +381,71 @@ def bits_per_byte(model, tokens, bytes_per_token, n_tokens=None):
     model.train(was_training)
     nats, n_bytes = sum_over_processes(sums).tolist()
     return nats / math.log(2) / n_bytes
+
+
+# --- is that normal? ---
+
+# Bits per byte of the default data, with the presets' own batches, after so many million tokens: at a
+# constant rate, and at the end of a run of so many in all. By `python tests/bench.py curve`, Python 3.11.
+USUAL = {}
+
+
+def usual_bpb(step, settings, data):
+    """About what the default run has after a step; None: another run, or while the rate falls."""
+    curve = USUAL.get(settings.preset)
+    defaults = settings.block_size, settings.batch_size, settings.lr, settings.dropout
+    if data.name != "pystdlib" or curve is None or defaults != (128, 16, 0.03, None):
+        return None
+    if settings.steps is None or step <= settings.fall:
+        kind = "constant"
+    elif step == settings.steps:
+        kind = "end"
+    else:
+        return None
+    millions = step * settings.batch_size * settings.block_size / 1e6
+    if not curve["tokens"][0] <= millions <= curve["tokens"][-1]:
+        return None
+    return np.interp(math.log(millions), np.log(curve["tokens"]), curve[kind]).item()
+
+
+def compare_with_usual(bpb, usual):
+    """A remark on a measurement, beside what is usual."""
+    if bpb < 1.1 * usual:
+        return f"about {usual:.2f} is usual here"
+    return f"about {usual:.2f} is usual here: does --dtype float32 or --device cpu help?"
+
+
+def loss_and_norm(model, ids):
+    """The loss of ids (1, T + 1) and the norm of its gradient."""
+    model.zero_grad()
+    loss = model.loss(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+    loss.backward()
+    return torch.stack((loss.detach(), nn.utils.get_total_norm(p.grad for p in model.parameters())))
+
+
+def compare_with_cpu(config, device):
+    """Compute a loss and its gradient on a device and on the CPU, and say whether they agree.
+
+    One row of 64 tokens through two layers of the model's width, in float32 without TF32, takes a second. On
+    new devices PyTorch itself has been wrong more than once.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Transformer(replace(config, n_layer=min(2, config.n_layer)))
+        for p in model.parameters():
+            nn.init.normal_(p, mean=float(p.ndim == 1), std=0.02)
+        ids = torch.randint(config.vocab_size, (1, min(64, config.block_size) + 1))
+    expected = loss_and_norm(model, ids)
+    found = loss_and_norm(model.to(device), ids.to(device)).cpu()
+    torch.set_float32_matmul_precision(precision)
+    numbers = "loss {:.4f}, gradient norm {:.4f}"
+    if torch.allclose(found, expected, rtol=2e-3):
+        show("check", f"{device} and CPU agree: {numbers.format(*found.tolist())}")
+    else:
+        wrong = f"{numbers.format(*found.tolist())}, the CPU {numbers.format(*expected.tolist())}"
+        show("check", f"WRONG: {device} computes {wrong}. Try --device cpu or another version of PyTorch")
 
 
 # --- processes, which torchrun starts ---
@@ -631,8 +698,8 @@ class Log:
         heads = f"{'step':>8} {'loss':>8} {'val bpb':>8} {'lr':>8} {'tokens/s':>9} {'MFU':>5} {'left':>8}"
         print(f"\n{heads}", flush=True)
 
-    def write(self, values, left, keep, details=""):
-        """Add a line of {column: value}; left: seconds; keep: stay on the screen; details: below the line."""
+    def write(self, values, left, keep, remark="", details=""):
+        """Add a line of {column: value}; left: seconds; keep: on the screen; details: below the line."""
         values["mfu"] = values["tokens_per_second"] / self.tokens_at_peak
         known = {name: round(value, 6) for name, value in values.items() if value is not None}
         self.rows.writerow(known)
@@ -640,7 +707,7 @@ class Log:
         bpb = f"{known['val_bpb']:.4f}" if "val_bpb" in known else ""
         speed, left = values["tokens_per_second"], timedelta(seconds=round(left))
         line = f"{values['step']:8,} {values['train_loss']:8.4f} {bpb:>8} {values['lr']:8.5f} "
-        line += f"{speed:9,.0f} {values['mfu']:5.0%} {left!s:>8}"
+        line += f"{speed:9,.0f} {values['mfu']:5.0%} {left!s:>8}  {remark}".rstrip()
         if keep:
             print("\r\033[K" * self.on_terminal + line, flush=True)
             if details:
@@ -648,6 +715,25 @@ class Log:
         elif self.on_terminal:  # the next line overwrites this one
             columns = shutil.get_terminal_size().columns
             print(f"\r{line}  {details}"[:columns] + "\033[K", end="", flush=True)
+
+
+def slow_share(out):
+    """The share of a run's time in which it had less than half of its best tokens/s; 0 if it was short."""
+    with open(out / "log.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if len(rows) < 20:
+        return 0.0
+    speeds = [float(row["tokens_per_second"]) for row in rows[1:]]  # without the first step
+    ends = [float(row["seconds"]) for row in rows]
+    slow = [b - a for a, b, speed in zip(ends, ends[1:], speeds) if speed < 0.5 * max(speeds)]
+    return sum(slow) / ends[-1]
+
+
+def say_if_busy(out):
+    """Print a line if other programs seem to have taken much of the machine."""
+    if slow_share(out) > 1 / 3:
+        slow = f"{slow_share(out):.0%} of the time it had less than half of its best speed"
+        print(f"\nthe machine was busy: {slow}, so the same minutes can teach more")
 
 
 def peak_rate(settings):
@@ -677,7 +763,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description="Train a model on prepared data.", exit_on_error=False)
     what = parser.add_argument_group("what to train")
     what.add_argument("--data", metavar="NAME", default="pystdlib", help="folder under data/ (pystdlib)")
-    what.add_argument("--preset", choices=PRESETS, help="size of the model (nano on a CPU, small on a GPU)")
+    what.add_argument("--preset", choices=PRESETS, help="size of the model (by minutes, machine and text)")
     what.add_argument("--block-size", type=positive_int, metavar="TOKENS", help="tokens that it sees at once")
     what.add_argument("--dropout", type=below_one, help="share of each branch left out (0.1 after 10 epochs)")
     add_common_arguments(parser)
@@ -727,6 +813,35 @@ def choose_dtype(device):
     return "bfloat16" if from_first_process(fast_dtype(device) == torch.bfloat16) else "float32"
 
 
+# A budget, in minutes of one CPU thread without bfloat16 units, from which on a preset learns more than the
+# one before it (measured up to mini, see tests/README.md).
+BUDGETS = {"pico": 0, "nano": 12, "micro": 60, "mini": 300, "small": 1500}
+
+
+def choose_preset(minutes, device, dtype, n_devices, n_tokens, vocab_size):
+    """The preset for a budget, and why, in words. n_devices: CPU threads or GPUs, of all processes.
+
+    By kinds of devices, not by a timing, so a busy machine trains the same model. n_tokens: of the text. More
+    parameters than four for each of them learn it by heart.
+    """
+    if device == "cuda":
+        speed = 2000 if dtype == "bfloat16" else 100
+    elif device == "mps":
+        speed = 30
+    else:
+        speed = 3 if dtype == "bfloat16" else 1
+    where = f"{n_devices} CPU threads" if device == "cpu" else f"{n_devices} x {device}"
+    chosen, reason = "pico", f"for {minutes:g} minutes of {where} with {dtype} products"
+    for name, least in BUDGETS.items():
+        if minutes * n_devices * speed < least:
+            break
+        if name != "pico" and Config(vocab_size, **PRESETS[name]).num_params() > 4 * n_tokens:
+            reason = f"the largest for a text of {n_tokens:,} tokens"
+            break
+        chosen = name
+    return chosen, reason
+
+
 def schedule_settings(args):
     """The fields of Settings that say how long a run is; under --minutes most follow from the clock later."""
     fields = dict(steps=args.steps, n_evals=args.evals, save_every=args.save_every)
@@ -735,44 +850,62 @@ def schedule_settings(args):
     return fields | dict(minutes=args.minutes or 3, fall=None)
 
 
-def choose_settings(args, device):
-    """Settings from the arguments and, where they are silent, from the device and the length of the run."""
-    _, world = rank_and_world()
-    on_gpu, short = device == "cuda", args.minutes is not None and args.minutes < 1
-    if on_gpu:
-        block_size, batch_size = 1024, 128
-    elif short:
-        block_size, batch_size = 32, 32  # more and smaller steps
-    else:
+def choose_shape(preset, minutes, n_tokens):
+    """(tokens of a block, blocks of a step) for a preset, a budget and a text of n_tokens."""
+    if preset in ("pico", "nano", "micro", "mini"):
         block_size, batch_size = 128, 16
-    batch_size = args.batch_size or batch_size
+    else:
+        block_size, batch_size = 1024, 128
+    if minutes < 1:
+        block_size, batch_size = 32, 32  # more and smaller steps
+    while batch_size > 1 and EPOCHS * n_tokens < 400 * batch_size * block_size:
+        batch_size //= 2  # or a small text would be read in a few steps
+    return block_size, batch_size
+
+
+def choose_settings(args, device, data):
+    """(Settings, why this preset), from the arguments and, where they are silent, from machine and text."""
+    _, world = rank_and_world()
+    dtype, minutes, n_tokens = args.dtype or choose_dtype(device), args.minutes or 3, len(data.train)
+    preset, reason = args.preset, "as you asked"
+    if preset is None:
+        n_devices = world * torch.get_num_threads() if device == "cpu" else world
+        V = data.tokenizer.vocab_size
+        preset, reason = choose_preset(minutes, device, dtype, n_devices, n_tokens, V)
+    block_size, batch_size = choose_shape(preset, minutes, n_tokens)
+    batch_size = args.batch_size or max(world, batch_size)
     if batch_size % world:
         raise ValueError(f"--batch-size {batch_size} cannot be shared evenly by {world} processes")
-    n_steps = args.steps or 1600 * (args.minutes or 3)  # a rough guess, for short blocks
+    n_steps = args.steps or 1600 * minutes  # a rough guess, for short blocks
     larger = min(2, math.sqrt(max(1, 400 / n_steps)))  # fewer than 400 steps have to be larger ones
-    return Settings(
+    settings = Settings(
         seed=args.seed or 0,
-        preset=args.preset or ("small" if on_gpu else "nano"),
+        preset=preset,
         block_size=args.block_size or block_size,
         batch_size=batch_size,
         micro_batch=batch_size // world,
         lr=args.lr or round(0.03 * larger, 4),
         weight_decay=0.1,
         dropout=args.dropout,
-        dtype=args.dtype or choose_dtype(device),
+        dtype=dtype,
         device=device,
         processes=world,
-        compile=on_gpu if args.compile is None else args.compile,
+        compile=device == "cuda" if args.compile is None else args.compile,
         deterministic=args.deterministic,
         **schedule_settings(args),
     )
+    if settings.steps is None:
+        per_step = settings.batch_size * settings.block_size
+        settings.max_steps = math.ceil(EPOCHS * n_tokens / per_step)
+    return settings, reason
 
 
-def show_plan(settings, data):
+def show_plan(settings, reason, data):
     """Print what was chosen, before the first step."""
     config = model_config(settings, data)
-    n, V = config.num_params(), config.vocab_size
+    n = config.num_params()
     show("model", f"{settings.preset}: {n:,} parameters, {config.n_layer} layers of {config.n_embd}")
+    show("", reason)
     where = f"{settings.device} with {torch.get_num_threads()} threads"
     if settings.processes > 1:
         where = f"{settings.processes} processes, each on {where}"
@@ -782,11 +915,10 @@ def show_plan(settings, data):
         show("steps", f"{settings.steps:,}")
         show_text(settings, data)
     else:
-        rest = "the number of steps is set when 40 % of the time is over"
-        show("time", f"{settings.minutes:g} minutes; {rest}")
+        epochs = f"or {EPOCHS} epochs ({settings.max_steps:,} steps) if that is less"
+        show("time", f"{settings.minutes:g} minutes, {epochs}; the number of steps is set after 40 % of it")
     rates = f"Muon {settings.lr:g}, AdamW {settings.lr / 10:g}"
     show("rates", f"{rates}: up in {WARMUP} steps or fewer, constant, the last 60 % down to zero")
-    show("start", f"a loss of {math.log(V):.2f} = ln {V}: an even guess")
 
 
 def show_text(settings, data):
@@ -889,6 +1021,9 @@ def train(settings, data, blocks, out, state=None):
                     "grad_norm": norm.item(),
                     "tokens_per_second": n_targets / pace.end_lap(step),
                 }
+                remark = ""
+                if step == 1:
+                    remark = f"an even guess: ln {config.vocab_size} = {math.log(config.vocab_size):.4f}"
                 if pace.decide_steps(step):
                     show_text(settings, data)
 
@@ -902,11 +1037,13 @@ def train(settings, data, blocks, out, state=None):
                     if step == settings.steps:
                         bpb = bits_per_byte(model, data.val, tokenizer.bytes_per_token)
                 values["val_bpb"] = bpb
+                if usual := usual_bpb(step, settings, data):
+                    remark = compare_with_usual(bpb, usual)
                 add_sample(out, model, tokenizer, prompt, step)
 
             if logging:
                 values["seconds"] = pace.read_clock()
-                log.write(values, pace.left(step), keep=evaluating)
+                log.write(values, pace.left(step), keep=evaluating or step == 1, remark=remark)
 
             save_asked = settings.save_every and step % settings.save_every == 0
             if evaluating or stop or save_asked or pace.seconds - saved > SAVE_SECONDS:
@@ -950,15 +1087,20 @@ def main():
         show("resumed", f"{place} after step {state['step']:,}")
         move_settings(settings, device, settings.batch_size)
     else:
-        settings = choose_settings(args, device)
-        show_plan(settings, data)
+        settings, reason = choose_settings(args, device, data)
+        show_plan(settings, reason, data)
+    if device != "cpu":
+        compare_with_cpu(model_config(settings, data), device)
     blocks = Blocks(data.train, settings.block_size, settings.seed)
     with claim(out, state):
         step, bpb = train(settings, data, blocks, out, state)
     if step != settings.steps:
         print(f"\nstopped after step {step:,}; to go on: python train.py --resume --out {place}")
         return 130
+    say_if_busy(out)
     print(f"\n{bpb:.4f} bits per byte of held-out text after {step:,} steps; the model is in {place}/")
+    if step == settings.max_steps:
+        print(f"it ended with {EPOCHS} epochs: a longer run (--steps) would rather memorize; take more text")
     print("\nThe same prompt, step by step:\n")
     print((out / "samples.txt").read_text(encoding="utf-8"))
     print(f"next: python sample.py --model {place}")

@@ -725,16 +725,18 @@ def test_a_run_goes_on_with_what_it_began_with_or_not_at_all(base, chat, tmp_pat
     assert "is finished: 1 steps" in run_here("--resume", "--out", out)
 
 
-def test_a_qwen_like_folder_in_bfloat16_can_be_tuned_both_ways(tokenizer, base, chat, tmp_path):
+def test_a_qwen_like_folder_in_bfloat16_can_be_tuned_both_ways(tokenizer, base, chat, tmp_path, monkeypatch):
     """Also where it lacks the tokens of a chat, and its own text is unknown or of another tokenizer."""
     shape = dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_hidden=64, head_dim=32, tie_embeddings=False)
     plain = Tokenizer.train([WORDS * 3], vocab_size=300, special_tokens=("<|endoftext|>",))
     Transformer(Config(304, 64, qk_norm=True, **shape)).to(torch.bfloat16).save(tmp_path / "qwen", plain)
     cases = [
-        ((), torch.float32, "no text of the base model (--data)"),
-        (("--lora-rank", 4, "--data", "test-finetune"), torch.bfloat16, "prepared with another tokenizer"),
+        ((), True, torch.float32, "no text of the base model (--data)"),
+        (("--lora-rank", 4, "--data", "test-finetune"), True, torch.bfloat16, "with another tokenizer"),
+        (("--lora-rank", 4), False, torch.float32, "no text of the base model (--data)"),
     ]
-    for options, dtype, replay in cases:
+    for options, has_units, dtype, replay in cases:
+        monkeypatch.setattr(stage, "is_fast", lambda dtype, device, fast=has_units: fast)
         printed = run_here("--model", tmp_path / "qwen", "--examples", chat, "--steps", 3, *SHORT, *options,
                            "--out", tmp_path / "out")  # fmt: skip
         assert "no tokens for the layout of a chat: they are added" in printed

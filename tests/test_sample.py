@@ -275,7 +275,7 @@ def test_a_compiled_step_draws_the_same():
 def test_packed_weights_compute_the_same(tiny_config, changes, dtype, small, monkeypatch):
     if dtype == torch.bfloat16 and fast_dtype("cpu") != torch.bfloat16:
         pytest.skip("this processor has no bfloat16 units")
-    monkeypatch.setattr(sample, "fast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(sample, "fast_dtype", lambda device: torch.bfloat16)  # packs on any processor
     monkeypatch.setattr(sample, "SMALL", small)
     torch.manual_seed(0)
     config = Config(**vars(tiny_config) | changes)
@@ -295,12 +295,39 @@ def test_packed_weights_compute_the_same(tiny_config, changes, dtype, small, mon
     assert len(continuation(packed, [1, 2], max_new_tokens=40)) == 40
 
 
-def test_without_bfloat16_units_or_in_another_dtype_no_weight_is_packed(model, monkeypatch):
-    modules = list(model.modules())
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"qkv_bias": True}])
+def test_without_bfloat16_units_weights_lie_by_columns_and_compute_the_same(
+    tiny_config, changes, monkeypatch
+):
     monkeypatch.setattr(sample, "fast_dtype", lambda device: torch.float32)
-    assert list(sample.pack(model).modules()) == modules
-    monkeypatch.setattr(sample, "fast_dtype", lambda device: torch.bfloat16)
+    torch.manual_seed(0)
+    model = Transformer(Config(**vars(tiny_config) | changes)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.1)
+    model.requires_grad_(False)
+    ids = torch.randint(320, (3, 9))
+    expected = model(ids)
+    laid_out = sample.pack(model)
+    matrices = [module for module in laid_out.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(matrices) == 2 * 7 + 1 and all(matrix.weight.T.is_contiguous() for matrix in matrices)
+    assert torch.allclose(laid_out(ids), expected, atol=1e-5)
+    assert torch.allclose(laid_out(ids[:1, :1]), expected[:1, :1], atol=1e-5)
+
+
+def test_weights_of_another_dtype_stay_as_they_are(model):
+    modules = list(model.modules())
     assert list(sample.pack(model.double()).modules()) == modules
+
+
+@pytest.mark.parametrize("asked", [None, torch.bfloat16])
+def test_a_model_in_a_dtype_without_units_is_opened_in_float32(
+    model, tokenizer, asked, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("model.fast_dtype", lambda device: torch.float32)
+    model.to(torch.bfloat16).save(tmp_path, tokenizer)
+    opened, _ = sample.load(tmp_path, dtype=asked)
+    assert opened.model.norm.weight.dtype == (asked or torch.float32)
+    assert ("no units" in capsys.readouterr().err) == (asked is None)
 
 
 # --- bytes to text ---

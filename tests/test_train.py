@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -253,6 +255,41 @@ def test_of_two_limits_the_first_one_ends_the_run(monkeypatch):
     assert seconds == pytest.approx(60, rel=0.03)
 
 
+PLENTY = 10**12  # tokens of text
+
+
+def test_the_preset_follows_from_the_budget_and_the_kind_of_machine():
+    def preset(minutes, *machine, n_tokens=PLENTY):
+        return stage.choose_preset(minutes, *machine, n_tokens, 4096)[0]
+
+    for machine in (
+        ("cpu", "float32", 2),
+        ("cpu", "bfloat16", 2),
+        ("mps", "float32", 1),
+        ("cuda", "bfloat16", 1),
+    ):
+        chosen = [preset(minutes, *machine) for minutes in (0.01, 0.5, 3, 30, 300, 3000)]
+        sizes = [list(PRESETS).index(name) for name in chosen]
+        assert sizes == sorted(sizes) and len(set(chosen)) > 1
+    assert preset(3, "cpu", "float32", 2) == "pico" and preset(3, "cpu", "bfloat16", 2) == "nano"
+    assert preset(3, "cpu", "float32", 2) == preset(1.5, "cpu", "float32", 4)
+    assert preset(3, "cuda", "bfloat16", 1) == "small"
+    assert "2 CPU threads with float32" in stage.choose_preset(3, "cpu", "float32", 2, PLENTY, 4096)[1]
+
+
+def test_a_small_text_gets_a_small_model():
+    for n_tokens, expected in ((1000, "pico"), (1_000_000, "nano"), (3_000_000, "micro"), (PLENTY, "small")):
+        preset, reason = stage.choose_preset(3, "cuda", "bfloat16", 1, n_tokens, 4096)
+        assert preset == expected and (f"a text of {n_tokens:,} tokens" in reason) == (n_tokens < PLENTY)
+
+
+def test_a_small_text_is_read_in_hundreds_of_steps():
+    for n_tokens in (10**4, 10**5, 10**6, 10**9):
+        block_size, batch_size = stage.choose_shape("nano", 3, n_tokens)
+        assert batch_size in (1, 16) or 400 <= stage.EPOCHS * n_tokens / (block_size * batch_size) < 800
+    assert stage.choose_shape("nano", 0.5, PLENTY)[0] < stage.choose_shape("nano", 3, PLENTY)[0]
+
+
 def test_evaluations_of_a_fixed_number_of_steps_follow_from_the_step():
     due = []
     for _ in range(2):
@@ -277,6 +314,62 @@ def test_dropout_draws_other_masks_at_every_step_and_sets_in_when_a_text_is_seen
         assert {block.dropout.p for block in model.model.layers} == {dropout}
     set_dropout(model, 0, make_settings(dropout=0.3), blocks)
     assert model.model.layers[0].dropout.p == 0.3
+
+
+# --- is that normal? ---
+
+
+def test_a_measurement_is_compared_with_what_is_usual(monkeypatch):
+    data = SimpleNamespace(name="pystdlib")
+    curve = {"tokens": (0.2, 0.8, 3.2), "constant": (2.0, 1.8, 1.6), "end": (1.9, 1.6, 1.3)}
+    monkeypatch.setattr(stage, "USUAL", {"nano": curve})
+    settings = make_settings(block_size=128, batch_size=16, steps=1000, fall=400, dropout=None)
+    per_step = 16 * 128 / 1e6
+    for millions, expected in ((0.2, 2.0), (0.4, 1.9), (0.8, 1.8)):
+        found = stage.usual_bpb(millions / per_step, settings, data)
+        assert found == pytest.approx(expected, abs=1e-3)
+    found = stage.usual_bpb(1000, settings, data)
+    assert found == pytest.approx(1.6 - 0.3 * math.log(1000 * per_step / 0.8) / math.log(4), abs=1e-3)
+    assert stage.usual_bpb(500, settings, data) is None  # the rate falls
+    assert stage.usual_bpb(10, settings, data) is None  # too early
+    for changes in ({"lr": 0.01}, {"preset": "small"}, {"batch_size": 8}, {"dropout": 0.1}):
+        assert stage.usual_bpb(300, replace(settings, **changes), data) is None
+    assert stage.usual_bpb(300, settings, SimpleNamespace(name="mine")) is None
+    assert stage.compare_with_usual(1.35, 1.3) == "about 1.30 is usual here"
+    assert "--device cpu" in stage.compare_with_usual(1.44, 1.3)
+
+
+def test_a_device_that_computes_something_else_is_found(tiny_config, monkeypatch, capsys):
+    before = torch.random.get_rng_state()
+    stage.compare_with_cpu(tiny_config, "cpu")
+    assert "check     cpu and CPU agree: loss " in capsys.readouterr().out
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+    class Wrong(Transformer):
+        def to(self, device):  # forgets the weight of one norm on its way
+            torch.nn.init.zeros_(self.model.layers[1].input_layernorm.weight)
+            return super().to(device)
+
+    monkeypatch.setattr(stage, "Transformer", Wrong)
+    stage.compare_with_cpu(tiny_config, "cpu")
+    assert "check     WRONG: cpu computes loss " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("n_slow", "busy"), [(0, False), (15, False), (50, True)])
+def test_a_run_on_a_busy_machine_says_so(n_slow, busy, tmp_path, capsys):
+    """100 laps of a second or, when other programs run, of 3."""
+    rows, seconds = ["seconds,tokens_per_second", "1,10"], 1
+    for lap in range(100):
+        slow = lap % 100 < n_slow
+        seconds += 3 if slow else 1
+        rows.append(f"{seconds},{100 / (3 if slow else 1)}")
+    (tmp_path / "log.csv").write_text("\n".join(rows), encoding="utf-8")
+    expected = 3 * n_slow / (101 + 2 * n_slow)
+    assert stage.slow_share(tmp_path) == pytest.approx(expected)
+    stage.say_if_busy(tmp_path)
+    assert ("the machine was busy" in capsys.readouterr().out) == busy
+    (tmp_path / "log.csv").write_text("\n".join(rows[:10]), encoding="utf-8")
+    assert stage.slow_share(tmp_path) == 0
 
 
 # --- bits per byte ---
@@ -413,9 +506,11 @@ def test_samples_show_one_prompt_at_every_evaluation(reference):
 
 def test_what_was_chosen_is_printed_before_the_first_step(reference):
     before = reference[1].split("val bpb")[0]
-    for name in ("data", "model", "device", "batch", "steps", "text", "rates", "start"):
+    for name in ("data", "model", "device", "batch", "steps", "text", "rates"):
         assert f"\n{name:10}" in f"\n{before}"
-    assert "a loss of 5.77 = ln 320" in before
+    first = reference[1].split("val bpb")[1].splitlines()[1]
+    assert first.split()[0] == "1" and first.endswith("an even guess: ln 320 = 5.7683")
+    assert float(first.split()[1]) == pytest.approx(math.log(320), abs=0.02)
 
 
 def test_a_run_leaves_one_file_to_resume_from_and_the_best_model(reference):
@@ -638,12 +733,22 @@ def test_a_state_that_was_saved_again_before_the_lock_is_not_resumed(reference, 
 
 
 def test_a_budget_in_minutes_is_kept(prepared, tmp_path):
-    printed = run_here("--data", prepared, "--minutes", 0.1, "--batch-size", 8, "--out", tmp_path / "out")
+    small = ("--batch-size", 2, "--block-size", 8)  # many steps before the text was read 8 times
+    printed = run_here("--data", prepared, "--minutes", 0.1, *small, "--out", tmp_path / "out")
     with open(tmp_path / "out/log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert 1 < float(rows[-1]["seconds"]) < 30  # 6 are asked for; a busy machine may take longer
     assert f"steps     {int(rows[-1]['step']):,} in all" in printed
     assert float(rows[-1]["lr"]) < 0.2 * max(float(row["lr"]) for row in rows)
+
+
+def test_under_minutes_a_text_is_read_eight_times_at_most(prepared, tmp_path):
+    printed = run_here("--data", prepared, "--minutes", 3, "--out", tmp_path / "out")
+    steps = math.ceil(8 * 5381 / 128)
+    assert f"or 8 epochs ({steps} steps) if that is less" in printed
+    assert f"bits per byte of held-out text after {steps} steps" in printed
+    assert "it ended with 8 epochs" in printed
+    assert "pico: " in printed and "1 blocks of 128 tokens" in printed
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_the_last_save_good(prepared, tmp_path):
