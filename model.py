@@ -151,7 +151,7 @@ class Config:
 # wider, since they have fewer key/value heads. small, medium and large have the depth and width of GPT-2's
 # models; for the others, each the size for about five times the budget of the one before, see train.py.
 PRESETS = {
-    "pico": dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=128, n_hidden=352),
+    "pico": dict(n_layer=4, n_head=2, n_kv_head=2, n_embd=128, n_hidden=352),
     "nano": dict(n_layer=4, n_head=3, n_kv_head=3, n_embd=192, n_hidden=512),
     "micro": dict(n_layer=6, n_head=4, n_kv_head=2, n_embd=256, n_hidden=704),
     "mini": dict(n_layer=8, n_head=6, n_kv_head=3, n_embd=384, n_hidden=1024),

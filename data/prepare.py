@@ -288,12 +288,12 @@ class Split:
 def learn_vocabulary(pieces, split, vocab_size, pattern):
     """Train a Tokenizer on the training text among pieces.
 
-    Without vocab_size: the power of two next to the square root of the corpus's bytes, from 512 to 65,536.
-    More tokens shorten the text, but each is seen more rarely. 1 MB: 1,024, 10 MB: 4,096, 2 GB: 32,768.
+    Without vocab_size: the power of two below the square root of the corpus's bytes, from 512 to 65,536.
+    More tokens shorten the text, but each is seen more rarely. 1 MB: 1,024, 10 MB: 2,048, 2 GB: 32,768.
     """
     if vocab_size is None:
-        vocab_size = int(2 ** np.clip(round(np.log2(split.bytes) / 2), 9, 16))
-        print(f"vocabulary: {vocab_size:,} tokens, the power of two next to sqrt({split.bytes:,} bytes)")
+        vocab_size = int(2 ** np.clip(int(np.log2(split.bytes) / 2), 9, 16))
+        print(f"vocabulary: {vocab_size:,} tokens, the power of two below sqrt({split.bytes:,} bytes)")
     progress = Progress("learning it", split.bytes)
     texts = (text for part, text in pieces if text and part == "train")
     tokenizer = Tokenizer.train(texts, vocab_size, pattern, processes=os.cpu_count(), log=progress.done)

@@ -5,6 +5,7 @@ python tests/bench.py prepare                   peak memory of data/prepare.py o
 python tests/bench.py tokenizer                 learning and applying a vocabulary, against other libraries
 python tests/bench.py model                     time and memory of the loss and of opening a folder
 python tests/bench.py train --peer DIR          a training step against transformers; a run against nanoGPT
+python tests/bench.py curve                     what bits per byte are usual after so many tokens
 python tests/bench.py budget                    are --minutes kept while other programs run, and at what cost?
 python tests/bench.py sample --peer BINARY      decoding against transformers and llama2.c
 python tests/bench.py resume                    20 runs, killed at random moments: do they end alike?
@@ -511,6 +512,25 @@ def bench_train(args):
                 print(f"1/{part:<6} {used:6.1f} s  {bpb:.3f} bpb", flush=True)
     finally:
         shutil.rmtree(DATA / "bench-shakespeare")
+
+
+# --- what is usual ---
+
+
+def bench_curve(args):
+    """What train.py compares a run with (USUAL): runs of the default data, each twice as long as the last."""
+    for preset in args.presets:
+        shape = ["--preset", preset, "--block-size", 128, "--batch-size", 16, "--lr", 0.03]
+        curves = {"constant": {}, "end": {}}
+        for steps in args.steps:
+            with tempfile.TemporaryDirectory() as out:
+                program = script("train.py", *shape, "--steps", steps, "--out", out)
+                subprocess.run(program, check=True, stdout=subprocess.DEVNULL)
+                rows = [row for row in read_log(Path(out)) if row["val_bpb"]]
+            constant = [row for row in rows if int(row["step"]) <= 0.4 * steps][-1]
+            for kind, row in (("constant", constant), ("end", rows[-1])):
+                curves[kind][round(int(row["tokens"]) / 1e6, 2)] = round(float(row["val_bpb"]), 2)
+        print(f'    "{preset}": {curves},', flush=True)
 
 
 # --- the budget of --minutes, beside other programs ---
@@ -1216,6 +1236,10 @@ def parse_arguments():
     add("--runs", type=int, default=3, help="runs of each (3)")
     add("--rounds", type=int, default=15, help="steps of each (15)")
     add("--threads", type=int, default=torch.get_num_threads(), help="for each (all)")
+
+    add = offer("curve", bench_curve, "bits per byte that are usual after so many tokens")
+    add("--presets", nargs="+", default=["pico", "nano"], choices=PRESETS, help="models (pico nano)")
+    add("--steps", type=int, nargs="+", default=[150, 300, 600, 1200, 2400], help="of a run (150 ... 2400)")
 
     add = offer("budget", bench_budget, "whether --minutes are kept beside other programs")
     add("--data", default="pystdlib", help="prepared data (pystdlib)")

@@ -271,7 +271,7 @@ def test_the_preset_follows_from_the_budget_and_the_kind_of_machine():
         chosen = [preset(minutes, *machine) for minutes in (0.01, 0.5, 3, 30, 300, 3000)]
         sizes = [list(PRESETS).index(name) for name in chosen]
         assert sizes == sorted(sizes) and len(set(chosen)) > 1
-    assert preset(3, "cpu", "float32", 2) == "pico" and preset(3, "cpu", "bfloat16", 2) == "nano"
+    assert preset(3, "cpu", "float32", 2) == "pico" and preset(30, "cpu", "float32", 2) == "nano"
     assert preset(3, "cpu", "float32", 2) == preset(1.5, "cpu", "float32", 4)
     assert preset(3, "cuda", "bfloat16", 1) == "small"
     assert "2 CPU threads with float32" in stage.choose_preset(3, "cpu", "float32", 2, PLENTY, 4096)[1]
@@ -320,9 +320,9 @@ def test_dropout_draws_other_masks_at_every_step_and_sets_in_when_a_text_is_seen
 
 
 def test_a_measurement_is_compared_with_what_is_usual(monkeypatch):
-    data = SimpleNamespace(name="pystdlib")
-    curve = {"tokens": (0.2, 0.8, 3.2), "constant": (2.0, 1.8, 1.6), "end": (1.9, 1.6, 1.3)}
-    monkeypatch.setattr(stage, "USUAL", {"nano": curve})
+    data = SimpleNamespace(name="pystdlib", tokenizer=SimpleNamespace(vocab_size=2048))
+    curves = {"constant": {0.2: 2.0, 0.8: 1.8}, "end": {0.8: 1.6, 3.2: 1.3}}
+    monkeypatch.setattr(stage, "USUAL", {"nano": curves})
     settings = make_settings(block_size=128, batch_size=16, steps=1000, fall=400, dropout=None)
     per_step = 16 * 128 / 1e6
     for millions, expected in ((0.2, 2.0), (0.4, 1.9), (0.8, 1.8)):
@@ -334,7 +334,8 @@ def test_a_measurement_is_compared_with_what_is_usual(monkeypatch):
     assert stage.usual_bpb(10, settings, data) is None  # too early
     for changes in ({"lr": 0.01}, {"preset": "small"}, {"batch_size": 8}, {"dropout": 0.1}):
         assert stage.usual_bpb(300, replace(settings, **changes), data) is None
-    assert stage.usual_bpb(300, settings, SimpleNamespace(name="mine")) is None
+    for changes in ({"name": "mine"}, {"tokenizer": SimpleNamespace(vocab_size=4096)}):
+        assert stage.usual_bpb(300, settings, SimpleNamespace(**vars(data) | changes)) is None
     assert stage.compare_with_usual(1.35, 1.3) == "about 1.30 is usual here"
     assert "--device cpu" in stage.compare_with_usual(1.44, 1.3)
 
