@@ -386,8 +386,8 @@ def bits_per_byte(model, tokens, bytes_per_token, n_tokens=None):
 
 # --- is that normal? ---
 
-# {million tokens: bits per byte} of the default data with the presets' own batches: at a constant rate, and at
-# the end of a run of so many in all. Made by `python tests/bench.py curve`, Python 3.11.
+# {million tokens: bits per byte} of the default data with the presets' own batches: at a constant rate, and
+# at the end of a run of so many in all. Made by `python tests/bench.py curve` with Python 3.11.
 USUAL = {}
 
 

@@ -493,9 +493,10 @@ def test_published_shapes_have_their_published_numbers_of_parameters():
     qwen3 = Config(151936, 40960, 28, 16, 8, 1024, 3072, head_dim=128, qk_norm=True)
     smollm2 = Config(49152, 8192, 30, 9, 3, 576, 1536)
     assert [c.num_params() for c in (llama3, qwen3, smollm2)] == [8030261248, 596049920, 134515008]
-    vocab_sizes = {"nano": 1024, "micro": 4096, "small": 50304, "medium": 50304, "large": 50304}
+    vocab_sizes = {"pico": 2048, "nano": 2048, "micro": 2048, "mini": 2048}
+    vocab_sizes |= {"small": 50304, "medium": 50304, "large": 50304}
     sizes = [Config(V, **PRESETS[name]).num_params() for name, V in vocab_sizes.items()]
-    assert [round(size / 1e6) for size in sizes] == [2, 15, 124, 354, 808]  # millions
+    assert [round(size / 1e6) for size in sizes] == [1, 2, 5, 14, 124, 354, 808]  # millions
 
 
 @pytest.mark.parametrize("tied", [True, False])
