@@ -924,7 +924,9 @@ def show_plan(settings, reason, data):
     where = f"{settings.device} with {torch.get_num_threads()} threads"
     if settings.processes > 1:
         where = f"{settings.processes} processes, each on {where}"
-    show("device", f"{where}; {settings.dtype} products, at most {peak_rate(settings) / 1e9:,.0f} GFLOP/s")
+    units = "with" if fast_dtype(settings.device) == torch.bfloat16 else "without"
+    rate = f"{settings.dtype} products, at most {peak_rate(settings) / 1e9:,.0f} GFLOP/s"
+    show("device", f"{where}, {units} bfloat16 units; {rate}")
     show("batch", f"{settings.batch_size} blocks of {settings.block_size} tokens")
     if settings.steps:
         show("steps", f"{settings.steps:,}")
