@@ -722,8 +722,6 @@ def main():
     if settings.lora_rank:
         torch.manual_seed(settings.seed)
         add_lora(model, settings.lora_rank, settings.lora_alpha)
-    if device != "cpu":
-        compare_with_cpu(model.config, device)
     place, identity = os.path.relpath(out), identity_of(settings, material)
     if state:
         refuse_changes(state, identity)
@@ -738,6 +736,8 @@ def main():
             if out in (Path(path), *Path(path).parents):
                 raise ValueError(f"{out} holds what is read, {path}: choose another --out")
 
+    if device != "cpu":
+        compare_with_cpu(model.config, device)
     with claim(out, state):
         if state:
             fixed = {name: state[name] for name in ("script", "data", "identity", "before")}

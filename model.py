@@ -71,7 +71,10 @@ def fast_dtype(device):
 
 def is_fast(dtype, device):
     """Whether products in a dtype are fast on a device; if not, float32 is better."""
-    return device != "cpu" or dtype in (torch.float32, fast_dtype(device))
+    kind = torch.device(device).type
+    if dtype == torch.bfloat16 and kind in ("cpu", "cuda"):
+        return fast_dtype(kind) == torch.bfloat16
+    return not (dtype == torch.float16 and kind == "cpu")
 
 
 @cache
@@ -149,7 +152,7 @@ class Config:
 # Shapes without a vocabulary. Heads of 64 channels suit attention kernels. Three matrices of an MLP 8/3 as
 # wide as the stream have as many weights as two of 4 times its width (Shazeer, 2020); medium and large are
 # wider, since they have fewer key/value heads. small, medium and large have the depth and width of GPT-2's
-# models; for the others, each the size for about five times the budget of the one before, see train.py.
+# models; for what budget the others are, see train.py.
 PRESETS = {
     "pico": dict(n_layer=4, n_head=2, n_kv_head=2, n_embd=128, n_hidden=352),
     "nano": dict(n_layer=4, n_head=3, n_kv_head=3, n_embd=192, n_hidden=512),

@@ -193,7 +193,7 @@ def generate(
 #
 # To draw one token, a CPU multiplies one row by every matrix, so it mostly waits for memory, and the order in
 # which a matrix lies there decides. `pack` chooses it by the processor, never by a timing: a product in
-# another order is rounded otherwise, and equal seeds shall write equal texts.
+# another order is rounded otherwise, and equal seeds must write equal texts.
 
 
 def by_columns(weight):
@@ -532,7 +532,7 @@ def load(folder, device="cpu", dtype=None):
     model = Transformer.load(folder, device, dtype)
     stored = model.model.norm.weight.dtype
     if dtype is None and not is_fast(stored, device):
-        print(f"this processor has no units for {stored}: in float32", file=sys.stderr)
+        print(f"{stored} is slow on this device: converted to float32 (--dtype keeps it)", file=sys.stderr)
         model.float()
     return pack(model), Tokenizer.load(folder / "tokenizer.json")
 

@@ -40,7 +40,7 @@ from data.loader import IGNORED, Blocks, find_data, load_data, validation_batche
 from model import PRESETS, Config, Transformer, choose_device, fast_dtype, matmul_rate
 from sample import OUT, generate, positive_float, positive_int, seed_number
 
-EPOCHS = 8  # at most under --minutes: what is read more often is memorized
+MAX_EPOCHS = 8  # under --minutes: a text that is read more often is memorized
 EVAL_TOKENS = 2**14  # of validation text in each evaluation but the last, which takes all of it
 SAVE_SECONDS = 600  # the longest time between two saves
 WARMUP = 50  # steps
@@ -65,7 +65,7 @@ class Settings:
     fall: float | None  # the step from which the learning rate falls
     n_evals: int  # evaluations in the run, each with a save
     save_every: int | None  # steps between further saves
-    max_steps: int | None = None  # the other limit beside minutes: finetune.py's epochs
+    max_steps: int | None = None  # the other limit beside minutes, from a number of epochs
     preset: str = ""
     weight_decay: float = 0.0
     dropout: float | None = 0.0  # None: see set_dropout
@@ -414,7 +414,7 @@ def compare_with_usual(bpb, usual):
     """A remark on a measurement, beside what is usual."""
     if bpb < 1.1 * usual:
         return f"about {usual:.2f} is usual here"
-    return f"about {usual:.2f} is usual here: does --dtype float32 or --device cpu help?"
+    return f"about {usual:.2f} is usual here: do --dtype float32 or --device cpu change it?"
 
 
 def loss_and_norm(model, ids):
@@ -443,11 +443,16 @@ def compare_with_cpu(config, device):
     found = loss_and_norm(model.to(device), ids.to(device)).cpu()
     torch.set_float32_matmul_precision(precision)
     numbers = "loss {:.4f}, gradient norm {:.4f}"
-    if torch.allclose(found, expected, rtol=2e-3):
-        show("check", f"{device} and CPU agree: {numbers.format(*found.tolist())}")
+    n_wrong = sum_over_processes(int(not torch.allclose(found, expected, rtol=2e-3)))
+    here, there = numbers.format(*found.tolist()), numbers.format(*expected.tolist())
+    if n_wrong:
+        mend = "try --device cpu or another version of PyTorch"
+        show(
+            "check",
+            f"WRONG on {n_wrong:g} of {rank_and_world()[1]} devices: {here}, on the CPU {there}; {mend}",
+        )
     else:
-        wrong = f"{numbers.format(*found.tolist())}, the CPU {numbers.format(*expected.tolist())}"
-        show("check", f"WRONG: {device} computes {wrong}. Try --device cpu or another version of PyTorch")
+        show("check", f"{device} and CPU agree: {here}")
 
 
 # --- processes, which torchrun starts ---
@@ -476,14 +481,16 @@ def start(device, deterministic):
 
 
 def keep_freed_memory():
-    """Ask the C library to keep up to 1 GB of freed memory for the next step.
+    """Ask the C library to keep freed memory for the next step, up to 1 GB.
 
     glibc gives it back to the system, which then clears it page by page in every step: a tenth of the time.
     """
+    M_TRIM_THRESHOLD = -1
+    M_MMAP_THRESHOLD = -3
+    libc = ctypes.CDLL(None)
     with suppress(AttributeError):  # other C libraries have no mallopt
-        libc, TRIM_THRESHOLD, MMAP_THRESHOLD = ctypes.CDLL(None), -1, -3
-        libc.mallopt(TRIM_THRESHOLD, 2**30)
-        libc.mallopt(MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older versions take
+        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
 def leave_processes():
@@ -746,9 +753,10 @@ def slow_share(out):
 
 def say_if_busy(out):
     """Print a line if other programs seem to have taken much of the machine."""
-    if slow_share(out) > 1 / 3:
-        slow = f"{slow_share(out):.0%} of the time it had less than half of its best speed"
-        print(f"\nthe machine was busy: {slow}, so the same minutes can teach more")
+    share = slow_share(out)
+    if share > 1 / 3:
+        slow = f"{share:.0%} of the time it had less than half of its best speed"
+        print(f"\nthe machine was busy: {slow}; an idle one does more in the same time")
 
 
 def peak_rate(settings):
@@ -829,15 +837,15 @@ def choose_dtype(device):
 
 
 # A budget, in minutes of one CPU thread without bfloat16 units, from which on a preset learns more than the
-# one before it (measured up to mini, see tests/README.md).
+# one before it. Measured up to nano (tests/README.md), from there on extrapolated.
 BUDGETS = {"pico": 0, "nano": 30, "micro": 100, "mini": 400, "small": 1600}
 
 
 def choose_preset(minutes, device, dtype, n_devices, n_tokens, vocab_size):
     """The preset for a budget, and why, in words. n_devices: CPU threads or GPUs, of all processes.
 
-    By kinds of devices, not by a timing, so a busy machine trains the same model. n_tokens: of the text. More
-    parameters than four for each of them learn it by heart.
+    By kinds of devices, not by a timing, so a busy machine trains the same model. A model with more than four
+    parameters for each of the n_tokens of the text would memorize it.
     """
     if device == "cuda":
         speed = 2000 if dtype == "bfloat16" else 100
@@ -865,38 +873,40 @@ def schedule_settings(args):
     return fields | dict(minutes=args.minutes or 3, fall=None)
 
 
-def choose_shape(preset, minutes, n_tokens):
-    """(tokens of a block, blocks of a step) for a preset, a budget and a text of n_tokens."""
-    if preset in ("pico", "nano", "micro", "mini"):
-        block_size, batch_size = 128, 16
-    else:
-        block_size, batch_size = 1024, 128
+def choose_batch(preset, device, minutes):
+    """(tokens of a block, blocks of a step) for a preset, a kind of device and a budget."""
+    if device == "cuda" and preset in ("small", "medium", "large"):
+        return 1024, 128
     if minutes < 1:
-        block_size, batch_size = 32, 32  # more and smaller steps
-    while batch_size > 1 and EPOCHS * n_tokens < 400 * batch_size * block_size:
-        batch_size //= 2  # or a small text would be read in a few steps
-    return block_size, batch_size
+        return 32, 32  # more and smaller steps
+    return 128, 16
 
 
 def choose_settings(args, device, data):
     """(Settings, why this preset), from the arguments and, where they are silent, from machine and text."""
     _, world = rank_and_world()
-    dtype, minutes, n_tokens = args.dtype or choose_dtype(device), args.minutes or 3, len(data.train)
+    dtype, minutes = args.dtype or choose_dtype(device), args.minutes or 3
     preset, reason = args.preset, "as you asked"
     if preset is None:
-        n_devices = world * torch.get_num_threads() if device == "cpu" else world
-        V = data.tokenizer.vocab_size
-        preset, reason = choose_preset(minutes, device, dtype, n_devices, n_tokens, V)
-    block_size, batch_size = choose_shape(preset, minutes, n_tokens)
-    batch_size = args.batch_size or max(world, batch_size)
+        n_devices = int(sum_over_processes(torch.get_num_threads() if device == "cpu" else 1))
+        text = len(data.train), data.tokenizer.vocab_size
+        preset, reason = choose_preset(minutes, device, dtype, n_devices, *text)
+    block_size, batch_size = choose_batch(preset, device, minutes)
+    block_size, batch_size = args.block_size or block_size, args.batch_size or batch_size
+    most = MAX_EPOCHS * max(1, len(data.train) // block_size - 1)  # blocks under --minutes
+    if not args.batch_size:
+        while not args.steps and batch_size > 1 and most < 400 * batch_size:
+            batch_size //= 2  # or a small text would be read in a few steps
+        batch_size = math.ceil(batch_size / world) * world
     if batch_size % world:
         raise ValueError(f"--batch-size {batch_size} cannot be shared evenly by {world} processes")
-    n_steps = args.steps or 1600 * minutes  # a rough guess, for short blocks
+    max_steps = None if args.steps else math.ceil(most / batch_size)
+    n_steps = args.steps or min(1600 * minutes, max_steps)  # a rough guess, for short blocks
     larger = min(2, math.sqrt(max(1, 400 / n_steps)))  # fewer than 400 steps have to be larger ones
     settings = Settings(
         seed=args.seed or 0,
         preset=preset,
-        block_size=args.block_size or block_size,
+        block_size=block_size,
         batch_size=batch_size,
         micro_batch=batch_size // world,
         lr=args.lr or round(0.03 * larger, 4),
@@ -907,11 +917,9 @@ def choose_settings(args, device, data):
         processes=world,
         compile=device == "cuda" if args.compile is None else args.compile,
         deterministic=args.deterministic,
+        max_steps=max_steps,
         **schedule_settings(args),
     )
-    if settings.steps is None:
-        per_step = settings.batch_size * settings.block_size
-        settings.max_steps = math.ceil(EPOCHS * n_tokens / per_step)
     return settings, reason
 
 
@@ -920,19 +928,20 @@ def show_plan(settings, reason, data):
     config = model_config(settings, data)
     n = config.num_params()
     show("model", f"{settings.preset}: {n:,} parameters, {config.n_layer} layers of {config.n_embd}")
-    show("", reason)
-    where = f"{settings.device} with {torch.get_num_threads()} threads"
+    show("", f"as {reason}: --steps says nothing of time" if settings.steps else reason)
+    where = f"{torch.get_num_threads()} threads of a CPU" if settings.device == "cpu" else settings.device
     if settings.processes > 1:
         where = f"{settings.processes} processes, each on {where}"
-    units = "with" if fast_dtype(settings.device) == torch.bfloat16 else "without"
-    rate = f"{settings.dtype} products, at most {peak_rate(settings) / 1e9:,.0f} GFLOP/s"
-    show("device", f"{where}, {units} bfloat16 units; {rate}")
+    if settings.device == "cpu":
+        where += " with" if fast_dtype("cpu") == torch.bfloat16 else " without"
+        where += " bfloat16 units"
+    show("device", f"{where}; {settings.dtype} products, at most {peak_rate(settings) / 1e9:,.0f} GFLOP/s")
     show("batch", f"{settings.batch_size} blocks of {settings.block_size} tokens")
     if settings.steps:
         show("steps", f"{settings.steps:,}")
         show_text(settings, data)
     else:
-        epochs = f"or {EPOCHS} epochs ({settings.max_steps:,} steps) if that is less"
+        epochs = f"or {MAX_EPOCHS} epochs ({settings.max_steps:,} steps) if that is less"
         show("time", f"{settings.minutes:g} minutes, {epochs}; the number of steps is set after 40 % of it")
     rates = f"Muon {settings.lr:g}, AdamW {settings.lr / 10:g}"
     show("rates", f"{rates}: up in {WARMUP} steps or fewer, constant, the last 60 % down to zero")
@@ -1117,7 +1126,8 @@ def main():
     say_if_busy(out)
     print(f"\n{bpb:.4f} bits per byte of held-out text after {step:,} steps; the model is in {place}/")
     if step == settings.max_steps:
-        print(f"it ended with {EPOCHS} epochs: a longer run (--steps) would rather memorize; take more text")
+        early = "so the run ended: more epochs (--steps) mostly memorize, more text teaches more"
+        print(f"the text was read {MAX_EPOCHS} times, {early}")
     print("\nThe same prompt, step by step:\n")
     print((out / "samples.txt").read_text(encoding="utf-8"))
     print(f"next: python sample.py --model {place}")

@@ -1239,7 +1239,7 @@ def parse_arguments():
 
     add = offer("curve", bench_curve, "bits per byte that are usual after so many tokens")
     add("--presets", nargs="+", default=["pico", "nano"], choices=PRESETS, help="models (pico nano)")
-    add("--steps", type=int, nargs="+", default=[150, 300, 600, 1200, 2400], help="of a run (150 ... 2400)")
+    add("--steps", type=int, nargs="+", default=[300, 600, 1200, 2400, 4800], help="of a run (300 ... 4800)")
 
     add = offer("budget", bench_budget, "whether --minutes are kept beside other programs")
     add("--data", default="pystdlib", help="prepared data (pystdlib)")

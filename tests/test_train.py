@@ -283,11 +283,30 @@ def test_a_small_text_gets_a_small_model():
         assert preset == expected and (f"a text of {n_tokens:,} tokens" in reason) == (n_tokens < PLENTY)
 
 
-def test_a_small_text_is_read_in_hundreds_of_steps():
+def choose(n_tokens, device="cpu", **options):
+    """Settings for a text of n_tokens."""
+    known = dict(dtype="float32", minutes=None, steps=None, evals=10, save_every=None, seed=None, preset=None)
+    known |= dict(batch_size=None, block_size=None, lr=None, dropout=None, compile=None, deterministic=False)
+    data = SimpleNamespace(train=range(n_tokens), tokenizer=SimpleNamespace(vocab_size=2048))
+    return stage.choose_settings(SimpleNamespace(**known | options), device, data)[0]
+
+
+def test_a_small_text_is_read_in_hundreds_of_steps_but_eight_times_at_most():
     for n_tokens in (10**4, 10**5, 10**6, 10**9):
-        block_size, batch_size = stage.choose_shape("nano", 3, n_tokens)
-        assert batch_size in (1, 16) or 400 <= stage.EPOCHS * n_tokens / (block_size * batch_size) < 800
-    assert stage.choose_shape("nano", 0.5, PLENTY)[0] < stage.choose_shape("nano", 3, PLENTY)[0]
+        for block_size in (None, 16, 512):
+            settings = choose(n_tokens, block_size=block_size)
+            read = settings.max_steps * settings.batch_size * settings.block_size
+            assert read <= 8 * n_tokens and settings.batch_size <= 16
+            assert settings.batch_size in (1, 16) or 400 <= settings.max_steps < 800
+    assert choose(10**4, batch_size=12).batch_size == 12
+    assert choose(10**4, steps=100).batch_size == 16 and choose(10**4, steps=100).max_steps is None
+
+
+def test_the_batch_suits_the_model_and_the_device():
+    small = dict(preset="small", dtype="bfloat16")
+    sizes = [(s.batch_size, s.block_size) for s in (choose(10**9, **small), choose(10**9, "cuda", **small))]
+    assert sizes == [(16, 128), (128, 1024)]
+    assert choose(10**9, minutes=0.5).block_size < choose(10**9, minutes=3).block_size
 
 
 def test_evaluations_of_a_fixed_number_of_steps_follow_from_the_step():
@@ -353,7 +372,7 @@ def test_a_device_that_computes_something_else_is_found(tiny_config, monkeypatch
 
     monkeypatch.setattr(stage, "Transformer", Wrong)
     stage.compare_with_cpu(tiny_config, "cpu")
-    assert "check     WRONG: cpu computes loss " in capsys.readouterr().out
+    assert "check     WRONG on 1 of 1 devices: loss " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("n_slow", "busy"), [(0, False), (10, False), (50, True)])
@@ -745,10 +764,10 @@ def test_a_budget_in_minutes_is_kept(prepared, tmp_path):
 
 def test_under_minutes_a_text_is_read_eight_times_at_most(prepared, tmp_path):
     printed = run_here("--data", prepared, "--minutes", 3, "--out", tmp_path / "out")
-    steps = math.ceil(8 * 5381 / 128)
+    steps = 8 * (5381 // 128 - 1)
     assert f"or 8 epochs ({steps} steps) if that is less" in printed
     assert f"bits per byte of held-out text after {steps} steps" in printed
-    assert "it ended with 8 epochs" in printed
+    assert "the text was read 8 times, so the run ended" in printed
     assert "pico: " in printed and "1 blocks of 128 tokens" in printed
 
 
