@@ -518,7 +518,7 @@ def bench_train(args):
 
 
 def bench_curve(args):
-    """What train.py compares a run with (USUAL): runs of the default data, each twice as long as the last."""
+    """What train.py compares a run with (USUAL): runs of the default data, of different lengths."""
     for preset in args.presets:
         shape = ["--preset", preset, "--block-size", 128, "--batch-size", 16, "--lr", 0.03]
         curves = {"constant": {}, "end": {}}
@@ -527,9 +527,13 @@ def bench_curve(args):
                 program = script("train.py", *shape, "--steps", steps, "--out", out)
                 subprocess.run(program, check=True, stdout=subprocess.DEVNULL)
                 rows = [row for row in read_log(Path(out)) if row["val_bpb"]]
-            constant = [row for row in rows if int(row["step"]) <= 0.4 * steps][-1]
-            for kind, row in (("constant", constant), ("end", rows[-1])):
-                curves[kind][round(int(row["tokens"]) / 1e6, 2)] = round(float(row["val_bpb"]), 2)
+            for row in rows:
+                millions, bpb = round(int(row["tokens"]) / 1e6, 2), round(float(row["val_bpb"]), 2)
+                if train.WARMUP < int(row["step"]) <= 0.4 * steps:
+                    curves["constant"][millions] = bpb
+                elif int(row["step"]) == steps:
+                    curves["end"][millions] = bpb
+        curves = {kind: dict(sorted(curve.items())) for kind, curve in curves.items()}
         print(f'    "{preset}": {curves},', flush=True)
 
 
@@ -1239,7 +1243,7 @@ def parse_arguments():
 
     add = offer("curve", bench_curve, "bits per byte that are usual after so many tokens")
     add("--presets", nargs="+", default=["pico", "nano"], choices=PRESETS, help="models (pico nano)")
-    add("--steps", type=int, nargs="+", default=[300, 600, 1200, 2400, 4800], help="of a run (300 ... 4800)")
+    add("--steps", type=int, nargs="+", default=[300, 1000, 3200], help="of the runs (300 1000 3200)")
 
     add = offer("budget", bench_budget, "whether --minutes are kept beside other programs")
     add("--data", default="pystdlib", help="prepared data (pystdlib)")
