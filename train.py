@@ -388,7 +388,21 @@ def bits_per_byte(model, tokens, bytes_per_token, n_tokens=None):
 
 # {million tokens: bits per byte} of the default data with the presets' own batches: at a constant rate, and
 # at the end of a run of so many in all. Made by `python tests/bench.py curve` with Python 3.11.
-USUAL = {}
+USUAL = {
+    "pico": {
+        "constant": {
+            0.12: 2.34,
+            0.2: 2.14,
+            0.41: 1.92,
+            0.66: 1.8,
+            0.82: 1.74,
+            1.31: 1.6,
+            1.97: 1.52,
+            2.62: 1.49,
+        },
+        "end": {0.61: 1.83, 2.05: 1.41, 6.55: 1.24},
+    },
+}
 
 
 def usual_bpb(step, settings, data):

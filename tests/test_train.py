@@ -359,6 +359,13 @@ def test_a_measurement_is_compared_with_what_is_usual(monkeypatch):
     assert "--device cpu" in stage.compare_with_usual(1.44, 1.3)
 
 
+def test_what_is_usual_falls_with_the_tokens():
+    for curves in stage.USUAL.values():
+        for curve in curves.values():
+            assert list(curve) == sorted(curve)
+            assert list(curve.values()) == sorted(curve.values(), reverse=True)
+
+
 def test_a_device_that_computes_something_else_is_found(tiny_config, monkeypatch, capsys):
     before = torch.random.get_rng_state()
     stage.compare_with_cpu(tiny_config, "cpu")
