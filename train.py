@@ -892,7 +892,7 @@ def choose_batch(preset, device, minutes):
     if device == "cuda" and preset in ("small", "medium", "large"):
         return 1024, 128
     if minutes < 1:
-        return 32, 32  # more and smaller steps
+        return 64, 16  # more and smaller steps
     return 128, 16
 
 

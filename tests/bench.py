@@ -858,7 +858,7 @@ def climb(ideas, data, seconds, seed):
     """Train with these ideas for that time. Returns steps, tokens and bits per byte."""
     rows, T = 12, 64
     if "batch" in ideas:
-        rows, T = (32, 32) if seconds < 60 else (16, 128)
+        rows, T = (16, 64) if seconds < 60 else (16, 128)
     dtype = fast_dtype("cpu") if "dtype" in ideas else torch.float32
     settings = make_settings(rows, T, dtype)
     torch.manual_seed(seed)
