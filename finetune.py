@@ -344,7 +344,10 @@ def open_base(base, device, lora):
     if not Path(base, "config.json").exists():
         raise ValueError(f"{base} is not a model folder: it has no config.json")
     model = Transformer.load(base, device)
-    if not lora or not is_fast(model.model.norm.weight.dtype, device):  # frozen weights keep a fast dtype
+    dtype = model.model.norm.weight.dtype
+    if lora and not is_fast(dtype, device):
+        print(f"{dtype} is slow on this device: the frozen weights are converted to float32")
+    if not lora or not is_fast(dtype, device):  # frozen weights keep a fast dtype
         model.float()
     known = Tokenizer.load(Path(base, "tokenizer.json"))
     tokenizer = with_chat_tokens(known)

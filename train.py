@@ -851,7 +851,7 @@ def choose_dtype(device):
 
 
 # A budget, in minutes of one CPU thread without bfloat16 units, from which on a preset learns more than the
-# one before it. Measured up to nano (tests/README.md), from there on extrapolated.
+# one before it. Measured up to 18, where nano does not pay yet (tests/README.md); the rest is extrapolated.
 BUDGETS = {"pico": 0, "nano": 30, "micro": 100, "mini": 400, "small": 1600}
 
 
@@ -905,6 +905,8 @@ def choose_settings(args, device, data):
         n_devices = int(sum_over_processes(torch.get_num_threads() if device == "cpu" else 1))
         text = len(data.train), data.tokenizer.vocab_size
         preset, reason = choose_preset(minutes, device, dtype, n_devices, *text)
+        if args.steps:
+            reason += " (--steps names no time, so 3 minutes are assumed)"
     block_size, batch_size = choose_batch(preset, device, minutes)
     block_size, batch_size = args.block_size or block_size, args.batch_size or batch_size
     most = MAX_EPOCHS * max(1, len(data.train) // block_size - 1)  # blocks under --minutes
@@ -942,7 +944,7 @@ def show_plan(settings, reason, data):
     config = model_config(settings, data)
     n = config.num_params()
     show("model", f"{settings.preset}: {n:,} parameters, {config.n_layer} layers of {config.n_embd}")
-    show("", f"as {reason}: --steps says nothing of time" if settings.steps else reason)
+    show("", reason)
     where = f"{torch.get_num_threads()} threads of a CPU" if settings.device == "cpu" else settings.device
     if settings.processes > 1:
         where = f"{settings.processes} processes, each on {where}"

@@ -283,12 +283,17 @@ def test_a_small_text_gets_a_small_model():
         assert preset == expected and (f"a text of {n_tokens:,} tokens" in reason) == (n_tokens < PLENTY)
 
 
-def choose(n_tokens, device="cpu", **options):
-    """Settings for a text of n_tokens."""
+def choose_with_reason(n_tokens, device, **options):
+    """What choose_settings gives for a text of n_tokens."""
     known = dict(dtype="float32", minutes=None, steps=None, evals=10, save_every=None, seed=None, preset=None)
     known |= dict(batch_size=None, block_size=None, lr=None, dropout=None, compile=None, deterministic=False)
     data = SimpleNamespace(train=range(n_tokens), tokenizer=SimpleNamespace(vocab_size=2048))
-    return stage.choose_settings(SimpleNamespace(**known | options), device, data)[0]
+    return stage.choose_settings(SimpleNamespace(**known | options), device, data)
+
+
+def choose(n_tokens, device="cpu", **options):
+    settings, _ = choose_with_reason(n_tokens, device, **options)
+    return settings
 
 
 def test_a_small_text_is_read_in_hundreds_of_steps_but_eight_times_at_most():
@@ -300,6 +305,13 @@ def test_a_small_text_is_read_in_hundreds_of_steps_but_eight_times_at_most():
             assert settings.batch_size in (1, 16) or 400 <= settings.max_steps < 800
     assert choose(10**4, batch_size=12).batch_size == 12
     assert choose(10**4, steps=100).batch_size == 16 and choose(10**4, steps=100).max_steps is None
+
+
+def test_the_plan_says_why_this_preset(tokenizer, capsys):
+    data = SimpleNamespace(train=range(10**4), tokenizer=tokenizer)
+    for options, reason in (({"preset": "nano", "steps": 5}, "as you asked"), ({"steps": 5}, "are assumed)")):
+        stage.show_plan(*choose_with_reason(10**4, "cpu", **options), data)
+        assert capsys.readouterr().out.splitlines()[1].endswith(reason)
 
 
 def test_the_batch_suits_the_model_and_the_device():
