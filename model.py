@@ -82,7 +82,7 @@ def matmul_rate(device, dtype):
     """FLOPs per second of large matrix products, the most that a device gives."""
     n = 8192 if device == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / min(time_product(a) for _ in range(6))
+    return 2 * n**3 / min(time_product(a) for _ in range(20))
 
 
 # --- the shape of a model ---

@@ -456,15 +456,12 @@ def compare_with_cpu(config, device):
     expected = loss_and_norm(model, ids)
     found = loss_and_norm(model.to(device), ids.to(device)).cpu()
     torch.set_float32_matmul_precision(precision)
-    numbers = "loss {:.4f}, gradient norm {:.4f}"
     n_wrong = sum_over_processes(int(not torch.allclose(found, expected, rtol=2e-3)))
+    numbers = "loss {:.4f}, gradient norm {:.4f}"
     here, there = numbers.format(*found.tolist()), numbers.format(*expected.tolist())
     if n_wrong:
-        mend = "try --device cpu or another version of PyTorch"
-        show(
-            "check",
-            f"WRONG on {n_wrong:g} of {rank_and_world()[1]} devices: {here}, on the CPU {there}; {mend}",
-        )
+        wrong = f"WRONG on {n_wrong:g} of {rank_and_world()[1]} devices: {here}, on the CPU {there}"
+        show("check", f"{wrong}; try --device cpu or another version of PyTorch")
     else:
         show("check", f"{device} and CPU agree: {here}")
 
@@ -908,15 +905,14 @@ def choose_settings(args, device, data):
         if args.steps:
             reason += " (--steps names no time, so 3 minutes are assumed)"
     block_size, batch_size = choose_batch(preset, device, minutes)
-    block_size, batch_size = args.block_size or block_size, args.batch_size or batch_size
-    most = MAX_EPOCHS * max(1, len(data.train) // block_size - 1)  # blocks under --minutes
-    if not args.batch_size:
-        while not args.steps and batch_size > 1 and most < 400 * batch_size:
-            batch_size //= 2  # or a small text would be read in a few steps
-        batch_size = math.ceil(batch_size / world) * world
+    block_size = args.block_size or block_size
+    n_blocks = MAX_EPOCHS * max(1, len(data.train) // block_size - 1)  # the most under --minutes
+    while not args.steps and batch_size > 1 and n_blocks < 400 * batch_size:
+        batch_size //= 2  # or a small text would be read in a few steps
+    batch_size = args.batch_size or math.ceil(batch_size / world) * world
     if batch_size % world:
         raise ValueError(f"--batch-size {batch_size} cannot be shared evenly by {world} processes")
-    max_steps = None if args.steps else math.ceil(most / batch_size)
+    max_steps = None if args.steps else math.ceil(n_blocks / batch_size)
     n_steps = args.steps or min(1600 * minutes, max_steps)  # a rough guess, for short blocks
     larger = min(2, math.sqrt(max(1, 400 / n_steps)))  # fewer than 400 steps have to be larger ones
     settings = Settings(
@@ -999,6 +995,8 @@ def move_settings(settings, device, n_rows):
     _, world = rank_and_world()
     if world > n_rows:
         raise ValueError(f"{world} processes are too many for this run: a batch has {n_rows} rows to share")
+    if settings.dtype != choose_dtype(device):
+        show("", f"it began with {settings.dtype} products and keeps them; others are faster here")
     if (settings.device, settings.processes) != (device, world):
         began = f"{settings.processes} x {settings.device}, now {world} x {device}"
         show("", f"it began on {began}: the same but for rounding and dropout")

@@ -750,8 +750,18 @@ def test_a_run_that_cannot_begin_moves_nothing(prepared, reference, tmp_path):
     assert (out / "model.safetensors").exists() and not (tmp_path / "out.1").exists()
 
 
+def test_a_resumed_run_keeps_its_dtype_and_says_where_another_is_faster(monkeypatch, capsys):
+    monkeypatch.setattr(stage, "fast_dtype", lambda device: torch.float32)
+    for dtype, said in (("bfloat16", True), ("float32", False)):
+        settings = make_settings(dtype=dtype)
+        stage.move_settings(settings, "cpu", 5)
+        assert settings.dtype == dtype
+        assert ("began with bfloat16 products and keeps them" in capsys.readouterr().out) == said
+
+
 def test_a_resumed_run_is_shared_by_other_processes_if_each_gets_a_row(monkeypatch, capsys):
     settings = make_settings(batch_size=5, micro_batch=5)
+    monkeypatch.setattr(stage, "choose_dtype", lambda device: settings.dtype)
     for world, micro_batch in ((1, 5), (2, 3), (5, 1)):
         monkeypatch.setattr(stage, "rank_and_world", lambda world=world: (0, world))
         stage.move_settings(settings, "cpu", 5)
@@ -782,7 +792,7 @@ def test_a_budget_in_minutes_is_kept(prepared, tmp_path):
 
 
 def test_under_minutes_a_text_is_read_eight_times_at_most(prepared, tmp_path):
-    printed = run_here("--data", prepared, "--minutes", 3, "--out", tmp_path / "out")
+    printed = run_here("--data", prepared, "--minutes", 30, "--out", tmp_path / "out")
     steps = 8 * (5381 // 128 - 1)
     assert f"or 8 epochs ({steps} steps) if that is less" in printed
     assert f"bits per byte of held-out text after {steps} steps" in printed
