@@ -67,6 +67,7 @@ from train import (
     say_if_busy,
     schedule_settings,
     show,
+    show_steps,
     start,
     sum_over_processes,
     training_step,
@@ -339,15 +340,16 @@ def add_rows(model, n_known, n):
     model.config = replace(model.config, vocab_size=size)
 
 
-def open_base(base, device, lora):
-    """The model in a folder, with rows for the tokens of a chat, ready to learn."""
+def open_base(base, device, lora_rank):
+    """The model in a folder, with rows for the tokens of a chat. lora_rank: None if all weights learn."""
     if not Path(base, "config.json").exists():
         raise ValueError(f"{base} is not a model folder: it has no config.json")
     model = Transformer.load(base, device)
     dtype = model.model.norm.weight.dtype
-    if lora and not is_fast(dtype, device):
+    if not lora_rank:
+        model.float()
+    elif not is_fast(dtype, device):  # in a fast dtype, the weights that LoRA freezes stay
         print(f"{dtype} is slow on this device: the frozen weights are converted to float32")
-    if not lora or not is_fast(dtype, device):  # frozen weights keep a fast dtype
         model.float()
     known = Tokenizer.load(Path(base, "tokenizer.json"))
     tokenizer = with_chat_tokens(known)
@@ -647,11 +649,11 @@ def tune(settings, material, model, out, fixed, state=None):
     saved, lap_tokens, stop = seconds, tokens, False
     with catch_signals() as stop_asked:
         while step != settings.steps and not stop:
-            rate = learning_rate(step, pace.done, settings)
+            lr_scale = learning_rate(step, pace.done, settings)
             ids, targets, channel = read_batch(step, examples, blocks, settings)
             counts = count_targets(targets)
             n_targets, n_tokens = sum_over_processes(torch.tensor([counts.sum(), ids.numel()])).tolist()
-            rows, norm = training_step(wrapped, [optimizer], (ids, targets), n_targets, rate, settings)
+            rows, norm = training_step(wrapped, [optimizer], (ids, targets), n_targets, lr_scale, settings)
             found = torch.cat((counts[:, None].to(rows), rows.view(len(rows), -1)), 1)
             sums.index_add_(0, channel.to(device), found)
             step, tokens = step + 1, tokens + int(n_tokens)
@@ -663,10 +665,10 @@ def tune(settings, material, model, out, fixed, state=None):
                 check_finite(values["train_loss"] + norm.item(), out)
                 sums.zero_()
                 tokens_per_step = (tokens - lap_tokens) / (step - pace.lap_step)
-                values.update(step=step, tokens=tokens, lr=rate * settings.lr, grad_norm=norm.item())
+                values.update(step=step, tokens=tokens, lr=lr_scale * settings.lr, grad_norm=norm.item())
                 values["tokens_per_second"] = tokens_per_step / pace.end_lap(step)
                 details = shown(values, "train", channels)
-                pace.decide_steps(step)
+                decided = pace.decide_steps(step)
 
             if evaluating:
                 values["val_bpb"] = base_bpb(model, material, settings, EVAL_TOKENS)
@@ -681,7 +683,9 @@ def tune(settings, material, model, out, fixed, state=None):
 
             if logging:
                 values["seconds"] = pace.read_clock()
-                log.write(values, pace.left(step), keep=evaluating or step == 1, details=details)
+                log.write(values, pace.left(step), evaluating or decided or step == 1, details=details)
+                if decided:
+                    show_steps(settings, pace)
 
             save_asked = settings.save_every and step % settings.save_every == 0
             if evaluating or stop or save_asked or pace.seconds - saved > SAVE_SECONDS:

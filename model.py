@@ -389,7 +389,7 @@ class Transformer(nn.Module):
         return total / (targets != -100).sum().clamp(min=1)
 
     def summed_loss(self, ids, targets):
-        """The sum over all targets, see `loss`, and without a gradient the sums of the rows (B,)."""
+        """The sum over all targets, see `loss`, and the sums of the rows (B,), these without a gradient."""
         x = self.hidden(ids).flatten(0, 1)  # (B*T, C)
         weight = (self.lm_head or self.model.embed_tokens).weight
         # F.cross_entropy(self.head(x), targets) without ever holding all logits

@@ -3,7 +3,7 @@
     logits -> / temperature -> top-k, top-p -> probabilities -> one token -> text
 
 `generate` is the loop. It serves a stream of text, a conversation and a file of prompts; only text goes to
-stdout. On a first reading, stop after `generate` and `TextStream`.
+stdout. On a first reading, read up to `generate`, then `TextStream`.
 
     python sample.py                            stream text from the newest model under out/
     python sample.py --model DIR --prompt "..." -n 4 --temperature 0.8 --top-p 0.9
@@ -31,8 +31,6 @@ from model import KVCache, Transformer, choose_device, fast_dtype, is_fast
 from tokenizer import Tokenizer, render
 
 OUT = Path(__file__).resolve().parent / "out"
-# With up to this many weights, a packed product with one row takes longer to start than to run.
-SMALL = 2**18
 
 
 # --- from scores to a token ---
@@ -192,8 +190,10 @@ def generate(
 # --- the layout of the weights ---
 #
 # To draw one token, a CPU multiplies one row by every matrix, so it mostly waits for memory, and the order in
-# which a matrix lies there decides. `pack` chooses it by the processor, never by a timing: a product in
-# another order is rounded otherwise, and equal seeds must write equal texts.
+# which a matrix lies there decides. `pack` chooses it by the kind of processor and not by what is fastest at
+# the moment: a product in another order is rounded otherwise, and equal seeds must write equal texts.
+
+SMALL = 2**18  # weights of a matrix; a product of one row with fewer is over before oneDNN has begun it
 
 
 def by_columns(weight):
@@ -208,33 +208,40 @@ class PackedLinear(nn.Module):
         super().__init__()
         weight = weight.detach()
         self.packed, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight), bias
-        self.columns = None
+        self.small = None
         if weight.dtype == torch.float32 and weight.numel() <= SMALL:
-            self.columns = by_columns(weight)
+            self.small = by_columns(weight)
 
     def forward(self, x):
         is_one_row = x.numel() == x.size(-1)
-        if self.columns is not None and is_one_row:
-            return nn.functional.linear(x, self.columns, self.bias)
+        if self.small is not None and is_one_row:
+            return nn.functional.linear(x, self.small, self.bias)
         return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
+
+    def _save_to_state_dict(self, *args):
+        raise ValueError("packed weights cannot be saved: open the folder with Transformer.load instead")
 
 
 def pack(model):
-    """Lay out a model's matrices for decoding on this CPU, packed or by columns. It cannot learn any more."""
+    """Lay out a model's matrices for decoding on this CPU, packed or by columns. It cannot learn any more.
+
+    On another device or in another dtype nothing changes.
+    """
     weight = model.model.norm.weight
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return model
     has_units = torch.backends.mkldnn.is_available() and fast_dtype("cpu") == torch.bfloat16
-    if model.lm_head is None:
+    if model.lm_head is None:  # the head gets a copy of the embedding, from which rows are taken as they are
         V, C = model.model.embed_tokens.weight.shape
         model.lm_head = nn.Linear(C, V, bias=False, device="meta")
         model.lm_head.weight = model.model.embed_tokens.weight
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and has_units:
-                setattr(module, name, PackedLinear(child.weight, child.bias))
-            elif isinstance(child, nn.Linear):
-                child.weight = nn.Parameter(by_columns(child.weight), requires_grad=False)
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear):
+            continue
+        if has_units:
+            model.set_submodule(name, PackedLinear(module.weight, module.bias))
+        else:
+            module.weight = nn.Parameter(by_columns(module.weight), requires_grad=False)
     return model
 
 
@@ -389,7 +396,7 @@ def converse(model, tokenizer, folder, stops, stop_ids, seed, **settings):
         if text == "/quit":
             return
         if text == "/reset":
-            chat = Chat(model, tokenizer)
+            chat.turns.clear()
         elif text:
             with suppress(KeyboardInterrupt):
                 for piece in chat.answer(text, stops, seed=seed + len(chat.turns), **settings):

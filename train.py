@@ -40,8 +40,11 @@ from data.loader import IGNORED, Blocks, find_data, load_data, validation_batche
 from model import PRESETS, Config, Transformer, choose_device, fast_dtype, matmul_rate
 from sample import OUT, generate, positive_float, positive_int, seed_number
 
+DEFAULT_MINUTES = 3
+CONSTANT_SHARE = 0.4  # of a run, after which the learning rate falls
 MAX_EPOCHS = 8  # under --minutes: a text that is read more often is memorized
-EVAL_TOKENS = 2**14  # of validation text in each evaluation but the last, which takes all of it
+EVAL_TOKENS = 2**14  # of held-out text in each evaluation but the last
+LAST_EVAL_TOKENS = 2**20
 SAVE_SECONDS = 600  # the longest time between two saves
 WARMUP = 50  # steps
 STATE = "train_state.pt"  # what a run needs to be resumed
@@ -54,7 +57,7 @@ class Settings:
     seed: int
     block_size: int
     batch_size: int  # blocks (examples in finetune.py) per step, over all processes
-    micro_batch: int  # those that one process computes at a time
+    micro_batch: int  # blocks in one forward pass of one process
     lr: float
     dtype: str  # in which matrices are multiplied: "bfloat16" or "float32"
     device: str
@@ -62,10 +65,10 @@ class Settings:
     deterministic: bool
     minutes: float | None  # the budget; None: --steps gives the number of steps
     steps: int | None  # None: not decided yet, see decide_steps
-    fall: float | None  # the step from which the learning rate falls
+    fall: float | None  # the step at which the learning rate begins to fall
     n_evals: int  # evaluations in the run, each with a save
     save_every: int | None  # steps between further saves
-    max_steps: int | None = None  # the other limit beside minutes, from a number of epochs
+    max_steps: int | None = None  # the end even if minutes are left, from a number of epochs
     preset: str = ""
     weight_decay: float = 0.0
     dropout: float | None = 0.0  # None: see set_dropout
@@ -76,7 +79,7 @@ class Settings:
 
 
 class NextTokenLoss(nn.Module):
-    """The loss as a module: DistributedDataParallel averages the gradients of what its `forward` computed."""
+    """The loss as a module, since DistributedDataParallel acts on the forward pass of a module."""
 
     def __init__(self, model):
         super().__init__()
@@ -92,8 +95,8 @@ def autocast(settings):
     return torch.autocast(settings.device, torch.bfloat16, enabled=settings.dtype == "bfloat16")
 
 
-def training_step(objective, optimizers, batch, n_targets, rate, settings):
-    """One update from this process's part of a batch, with `rate` times the full learning rates.
+def training_step(objective, optimizers, batch, n_targets, lr_scale, settings):
+    """One update from this process's part of a batch, with lr_scale times the full learning rates.
 
     objective: a module such as NextTokenLoss. The loss is summed over all micro-batches of all processes and
     divided by n_targets, so it is the mean over the targets of the whole batch. Returns what objective
@@ -107,23 +110,26 @@ def training_step(objective, optimizers, batch, n_targets, rate, settings):
         if device.type == "cuda":
             piece = [tensor.pin_memory() for tensor in piece]  # so that copying does not wait for the GPU
         piece = [tensor.to(device, non_blocking=True) for tensor in piece]
-        accumulate = world > 1 and i < len(pieces)  # processes exchange gradients once, at the last piece
-        with objective.no_sync() if accumulate else nullcontext():
+        skip_sync = world > 1 and i < len(pieces)  # processes exchange gradients once, at the last piece
+        with objective.no_sync() if skip_sync else nullcontext():
             with autocast(settings):
                 loss, rows = objective(*piece)
-            (loss * (world / n_targets)).backward()  # DistributedDataParallel takes the mean over processes
+            (loss * (world / n_targets)).backward()  # times world: DDP averages over the processes
         measured.append(rows)
     norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate * group["initial_lr"]
+            group["lr"] = lr_scale * group["initial_lr"]
         optimizer.step()
         optimizer.zero_grad()
     return torch.cat(measured), norm
 
 
+# --- memory ---
+
+
 def try_micro_batch(objective, batch, settings):
-    """Forward and backward of as many rows as are computed at a time, beside what AdamW will hold."""
+    """Forward and backward of one micro-batch, beside room for two moments of each parameter, as in AdamW."""
     device = next(objective.parameters()).device
     moments = [torch.empty(2, *p.shape, device=device) for p in objective.parameters() if p.requires_grad]
     with autocast(settings):
@@ -133,21 +139,22 @@ def try_micro_batch(objective, batch, settings):
 
 
 def fit_micro_batch(objective, batch, settings):
-    """Halve the micro-batch until the memory suffices for the run's longest batch, in all processes.
+    """Halve the micro-batch until the memory suffices for it, in all processes.
 
-    Also compiles, and falls back to eager mode where that fails. ValueError: not even one row fits.
+    batch: the longest of the run; it changes nothing. The first try also compiles; where that fails, the run
+    is not compiled. ValueError: not even one row fits.
     """
-    start = time.perf_counter()
+    began = time.perf_counter()
     while True:
-        fits = True
         try:
             try_micro_batch(objective, batch, settings)
+            fits = True
         except Exception as error:
             fits = False
-            if not is_out_of_memory(error) and not settings.compile:
-                raise
             if not is_out_of_memory(error):
-                print(f"torch.compile fails here, so nothing is compiled: {' '.join(str(error).split()):.90}")
+                if not settings.compile:
+                    raise
+                print(f"torch.compile fails here, so nothing is compiled: {one_line(error):.90}")
                 settings.compile = False
                 torch.compiler.set_stance("force_eager")
                 continue
@@ -156,17 +163,24 @@ def fit_micro_batch(objective, batch, settings):
             torch.cuda.empty_cache()
         if sum_over_processes(int(fits)) == settings.processes:
             if settings.compile:
-                show("compiled", f"in {time.perf_counter() - start:.0f} s")
+                show("compiled", f"in {time.perf_counter() - began:.0f} s")
             return
         if settings.micro_batch == 1:
-            raise ValueError("out of memory with one row at a time: take a smaller --block-size or --preset")
+            raise ValueError("out of memory with one row at a time: take shorter rows or a smaller model")
         settings.micro_batch //= 2
         print(f"out of memory: trying {settings.micro_batch} rows at a time")
 
 
 def is_out_of_memory(error):
     """Whether an exception means that a GPU's or the computer's memory is full."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)  # on a Mac's GPU; on a CPU
+
+
+def one_line(error):
+    """The message of an exception without line breaks."""
+    return " ".join(str(error).split())
 
 
 # --- the optimizers: Muon for the matrices inside the blocks, AdamW for the rest ---
@@ -210,7 +224,7 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), params in of_shape.items():
                 directions = torch.stack([self.look_ahead(p, group["momentum"]) for p in params])
                 directions = orthogonalize(directions, self.dtype)
-                lr = group["lr"] * math.sqrt(max(1, rows / columns))  # for an equal change of the output
+                lr = group["lr"] * math.sqrt(max(1, rows / columns))  # so that outputs change equally
                 for p, direction in zip(params, directions):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(direction, alpha=-lr)
@@ -225,6 +239,7 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, lr, weight_decay, dtype):
     """Muon and AdamW for a model; AdamW learns at a tenth of Muon's rate, norms without weight decay."""
+    # Matrices that read the stream, matrices that add to it, embedding and head, the weights of the norms.
     readers, writers, tables, vectors = [], [], [], []
     for name, p in model.named_parameters():
         if p.ndim < 2:
@@ -249,7 +264,9 @@ def make_optimizers(model, lr, weight_decay, dtype):
     return optimizers
 
 
-# --- the schedule: warm up, constant, the last 60 % down to zero; under --minutes by the clock ---
+# --- the schedule: warm up, constant, the last 60 % down to zero ---
+#
+# Under --minutes, the constant part lasts 40 % of the minutes; the fall then has a fixed number of steps.
 
 
 def learning_rate(step, done, settings):
@@ -261,14 +278,15 @@ def learning_rate(step, done, settings):
 
 
 def fraction_done(step, seconds, settings):
-    """How much of a run is done, 0 to 1: by the clock until the number of steps is decided."""
+    """How much of a run is done, 0 to 1: by the clock until its number of steps is decided."""
     if settings.steps is None:
         by_steps = step / settings.max_steps if settings.max_steps else 0
         return max(by_steps, seconds / (60 * settings.minutes))
-    return 0.4 + 0.6 * (step - settings.fall) / (settings.steps - settings.fall)
+    falling = (step - settings.fall) / (settings.steps - settings.fall)
+    return CONSTANT_SHARE + (1 - CONSTANT_SHARE) * falling
 
 
-def passes(n, before, now):
+def crosses(n, before, now):
     """Whether a run, cut into n equal parts, comes to the end of one between two fractions done."""
     return math.floor(n * before + 1e-9) < math.floor(n * now + 1e-9)
 
@@ -276,11 +294,11 @@ def passes(n, before, now):
 class Pace:
     """The clock of a run, its speed, and what is due. The first process's clock counts for all of them.
 
-    Speed is measured in laps, each between two points at which the device was waited for.
+    Speed is measured in laps, from one line of the log to the next: at both ends the device was waited for.
     """
 
     def __init__(self, settings, step, seconds, last_eval):
-        """seconds: taken before. last_eval: how many times longer the last evaluation takes."""
+        """seconds: before the run was resumed. last_eval: how many times longer the last evaluation takes."""
         self.settings, self.last_eval = settings, last_eval
         self.began = time.perf_counter() - seconds
         self.seconds = seconds  # when the clock was last read
@@ -295,11 +313,11 @@ class Pace:
         return self.seconds
 
     def advance(self, step):
-        """Count a step -> (evaluate now?, log now?). The first loss shows whether all began well."""
+        """Count a step -> (evaluate now?, log now?). Where a step is evaluated, it is logged, too."""
         before = self.done
         self.done = fraction_done(step, self.read_clock(), self.settings)
-        evaluate = passes(self.settings.n_evals, before, self.done)
-        return evaluate, evaluate or step == 1 or passes(100, before, self.done)
+        evaluate = crosses(self.settings.n_evals, before, self.done)
+        return evaluate, evaluate or step == 1 or crosses(100, before, self.done)
 
     def end_lap(self, step):
         """Seconds per step since the lap began. Call it after waiting for the device."""
@@ -319,20 +337,19 @@ class Pace:
     def decide_steps(self, step):
         """Once 40 % of a budget have passed, set the number of steps: those that fit into the rest of it.
 
-        Until then nothing depends on that number; from here on the learning rate falls over exactly these.
-        Returns whether it was decided now.
+        The learning rate was constant, so the number was not needed before. Returns whether it was set now.
         """
         settings = self.settings
-        if settings.steps is not None or self.done < 0.4:
+        if settings.steps is not None or self.done < CONSTANT_SHARE:
             return False
-        left, each = 60 * settings.minutes - self.seconds, self.recent()
-        evaluations = self.eval_seconds * (0.6 * settings.n_evals - 1 + self.last_eval)
-        n = max(1, int((left - min(evaluations, left / 2)) / each))
+        left = 60 * settings.minutes - self.seconds
+        n_evals = (1 - CONSTANT_SHARE) * settings.n_evals - 1 + self.last_eval
+        evaluations = min(n_evals * self.eval_seconds, left / 2)
+        n = max(1, int((left - evaluations) / self.recent()))
         if settings.max_steps:
             n = max(1, min(n, settings.max_steps - step))
         settings.steps, settings.fall = step + n, step
         self.done = fraction_done(step, self.seconds, settings)
-        show("steps", f"{settings.steps:,} in all, of {1000 * each:,.0f} ms; from here on the rate falls")
         return True
 
     def recent(self):
@@ -340,16 +357,16 @@ class Pace:
         return statistics.median(self.step_seconds[-20:])
 
     def left(self, step):
-        """Seconds that the run will still take."""
+        """Seconds that the run will still take, without evaluations once the steps are decided."""
         if self.settings.steps is None:
             return max(0, 60 * self.settings.minutes - self.seconds)
         return (self.settings.steps - step) * self.recent()
 
 
-def set_dropout(model, step, settings, blocks=None):
-    """Prepare dropout for a step. Unless it is given, it is 0.1 after ten epochs, against memorizing.
+def set_dropout(model, step, settings, blocks):
+    """Prepare dropout for a step. By default it is 0, after ten epochs (of a run with --steps) 0.1.
 
-    Reseeds from (seed, step, process), so that no generator state has to be saved.
+    Also reseeds from (seed, step, process), so that no generator state has to be saved.
     """
     dropout = settings.dropout
     if dropout is None:
@@ -440,7 +457,7 @@ def loss_and_norm(model, ids):
 
 
 def compare_with_cpu(config, device):
-    """Compute a loss and its gradient on a device and on the CPU, and say whether they agree.
+    """Compute a loss and its gradient on a device and on the CPU, and print whether they agree.
 
     One row of 64 tokens through two layers of the model's width, in float32 without TF32, takes a second. On
     new devices PyTorch itself has been wrong more than once.
@@ -458,12 +475,12 @@ def compare_with_cpu(config, device):
     torch.set_float32_matmul_precision(precision)
     n_wrong = sum_over_processes(int(not torch.allclose(found, expected, rtol=2e-3)))
     numbers = "loss {:.4f}, gradient norm {:.4f}"
-    here, there = numbers.format(*found.tolist()), numbers.format(*expected.tolist())
+    on_device, on_cpu = numbers.format(*found.tolist()), numbers.format(*expected.tolist())
     if n_wrong:
-        wrong = f"WRONG on {n_wrong:g} of {rank_and_world()[1]} devices: {here}, on the CPU {there}"
+        wrong = f"WRONG in {n_wrong:g} of {rank_and_world()[1]} processes: {on_device}, on the CPU {on_cpu}"
         show("check", f"{wrong}; try --device cpu or another version of PyTorch")
     else:
-        show("check", f"{device} and CPU agree: {here}")
+        show("check", f"{device} and CPU agree in float32: {on_device}")
 
 
 # --- processes, which torchrun starts ---
@@ -487,12 +504,12 @@ def start(device, deterministic):
         keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what is left in float32
     torch.use_deterministic_algorithms(deterministic)
-    sys.stdout.reconfigure(errors="replace")  # a sample must not end a run on a terminal of few characters
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character of a sample
     return device
 
 
 def keep_freed_memory():
-    """Ask the C library to keep freed memory for the next step, up to 1 GB.
+    """Ask the C library to keep freed memory for the next step: pieces up to 32 MB, 1 GB in all.
 
     glibc gives it back to the system, which then clears it page by page in every step: a tenth of the time.
     """
@@ -700,7 +717,7 @@ def catch_signals():
 
 
 def show(name, text):
-    """Print a line of what is known about the run."""
+    """Print a line of two columns."""
     print(f"{name:10}{text}", flush=True)
 
 
@@ -731,8 +748,8 @@ class Log:
         heads = f"{'step':>8} {'loss':>8} {'val bpb':>8} {'lr':>8} {'tokens/s':>9} {'MFU':>5} {'left':>8}"
         print(f"\n{heads}", flush=True)
 
-    def write(self, values, left, keep, remark="", details=""):
-        """Add a line of {column: value}; left: seconds; keep: on the screen; details: below the line."""
+    def write(self, values, left, stays, remark="", details=""):
+        """Add a line of {column: value}; left: seconds; stays: on the screen; details: below the line."""
         values["mfu"] = values["tokens_per_second"] / self.tokens_at_peak
         known = {name: round(value, 6) for name, value in values.items() if value is not None}
         self.rows.writerow(known)
@@ -741,8 +758,10 @@ class Log:
         speed, left = values["tokens_per_second"], timedelta(seconds=round(left))
         line = f"{values['step']:8,} {values['train_loss']:8.4f} {bpb:>8} {values['lr']:8.5f} "
         line += f"{speed:9,.0f} {values['mfu']:5.0%} {left!s:>8}  {remark}".rstrip()
-        if keep:
-            print("\r\033[K" * self.on_terminal + line, flush=True)
+        if stays:
+            if self.on_terminal:
+                print("\r\033[K", end="")  # in place of the last line that did not stay
+            print(line, flush=True)
             if details:
                 print(f"{'':9}{details}", flush=True)
         elif self.on_terminal:  # the next line overwrites this one
@@ -758,7 +777,8 @@ def slow_share(out):
         return 0.0
     speeds = [float(row["tokens_per_second"]) for row in rows[1:]]  # without the first step
     ends = [float(row["seconds"]) for row in rows]
-    slow = [b - a for a, b, speed in zip(ends, ends[1:], speeds) if speed < 0.5 * max(speeds)]
+    best = np.quantile(speeds, 0.9)  # a single lap may seem fast by chance
+    slow = [b - a for a, b, speed in zip(ends, ends[1:], speeds) if speed < 0.5 * best]
     return sum(slow) / ends[-1]
 
 
@@ -816,7 +836,8 @@ def add_common_arguments(parser):
     run.add_argument("--resume", action="store_true", help="continue the newest run, or the one in --out")
     run.add_argument("--seed", type=seed_number, help="equal seeds draw equal numbers (0)")
     limit = run.add_mutually_exclusive_group()
-    limit.add_argument("--minutes", type=positive_float, help="time for steps and evaluations (3)")
+    minutes_help = f"time for steps and evaluations ({DEFAULT_MINUTES})"
+    limit.add_argument("--minutes", type=positive_float, help=minutes_help)
     limit.add_argument("--steps", type=positive_int, help="their number instead: the same digits every time")
     run.add_argument("--batch-size", type=positive_int, metavar="ROWS", help="per step, over all processes")
     evals_help = "how often the model is evaluated and saved (10; in a tenth of the minutes at most)"
@@ -847,7 +868,10 @@ def choose_dtype(device):
     return "bfloat16" if from_first_process(fast_dtype(device) == torch.bfloat16) else "float32"
 
 
-# A budget, in minutes of one CPU thread without bfloat16 units, from which on a preset learns more than the
+# --- settings: what the arguments leave open follows from machine, time and text ---
+
+
+# The budget, in minutes of one CPU thread without bfloat16 units, from which on a preset learns more than the
 # one before it. Measured up to 18, where nano does not pay yet (tests/README.md); the rest is extrapolated.
 BUDGETS = {"pico": 0, "nano": 30, "micro": 100, "mini": 400, "small": 1600}
 
@@ -855,8 +879,8 @@ BUDGETS = {"pico": 0, "nano": 30, "micro": 100, "mini": 400, "small": 1600}
 def choose_preset(minutes, device, dtype, n_devices, n_tokens, vocab_size):
     """The preset for a budget, and why, in words. n_devices: CPU threads or GPUs, of all processes.
 
-    By kinds of devices, not by a timing, so a busy machine trains the same model. A model with more than four
-    parameters for each of the n_tokens of the text would memorize it.
+    By the kind of device, not by its speed at the moment, so a busy machine trains the same model. One with
+    more than four parameters for each of the n_tokens of the text would memorize it.
     """
     if device == "cuda":
         speed = 2000 if dtype == "bfloat16" else 100
@@ -864,24 +888,24 @@ def choose_preset(minutes, device, dtype, n_devices, n_tokens, vocab_size):
         speed = 30
     else:
         speed = 3 if dtype == "bfloat16" else 1
+    budget = minutes * n_devices * speed
+    affordable = [name for name, least in BUDGETS.items() if least <= budget]
+    sizes = {name: Config(vocab_size, **PRESETS[name]).num_params() for name in affordable}
+    fitting = [name for name in affordable if sizes[name] <= 4 * n_tokens]
+    if not fitting:
+        return "pico", f"the smallest, though large for a text of {n_tokens:,} tokens"
+    if fitting != affordable:
+        return fitting[-1], f"more than four parameters for each of {n_tokens:,} tokens would memorize them"
     where = f"{n_devices} CPU threads" if device == "cpu" else f"{n_devices} x {device}"
-    chosen, reason = "pico", f"for {minutes:g} minutes of {where} with {dtype} products"
-    for name, least in BUDGETS.items():
-        if minutes * n_devices * speed < least:
-            break
-        if name != "pico" and Config(vocab_size, **PRESETS[name]).num_params() > 4 * n_tokens:
-            reason = f"the largest for a text of {n_tokens:,} tokens"
-            break
-        chosen = name
-    return chosen, reason
+    return affordable[-1], f"for {minutes:g} minutes of {where} with {dtype} products"
 
 
 def schedule_settings(args):
-    """The fields of Settings that say how long a run is; under --minutes most follow from the clock later."""
-    fields = dict(steps=args.steps, n_evals=args.evals, save_every=args.save_every)
+    """The fields of Settings that say how long a run is; under --minutes, decide_steps sets two of them."""
+    minutes, fall = args.minutes or DEFAULT_MINUTES, None
     if args.steps:
-        return fields | dict(minutes=None, fall=0.4 * args.steps)
-    return fields | dict(minutes=args.minutes or 3, fall=None)
+        minutes, fall = None, CONSTANT_SHARE * args.steps
+    return dict(minutes=minutes, steps=args.steps, fall=fall, n_evals=args.evals, save_every=args.save_every)
 
 
 def choose_batch(preset, device, minutes):
@@ -896,24 +920,26 @@ def choose_batch(preset, device, minutes):
 def choose_settings(args, device, data):
     """(Settings, why this preset), from the arguments and, where they are silent, from machine and text."""
     _, world = rank_and_world()
-    dtype, minutes = args.dtype or choose_dtype(device), args.minutes or 3
+    dtype = args.dtype or choose_dtype(device)
+    minutes = args.minutes or DEFAULT_MINUTES
+    n_tokens = len(data.train)
     preset, reason = args.preset, "as you asked"
     if preset is None:
         n_devices = int(sum_over_processes(torch.get_num_threads() if device == "cpu" else 1))
-        text = len(data.train), data.tokenizer.vocab_size
-        preset, reason = choose_preset(minutes, device, dtype, n_devices, *text)
+        vocab_size = data.tokenizer.vocab_size
+        preset, reason = choose_preset(minutes, device, dtype, n_devices, n_tokens, vocab_size)
         if args.steps:
-            reason += " (--steps names no time, so 3 minutes are assumed)"
+            reason += f" (--steps names no time, so {DEFAULT_MINUTES} minutes are assumed)"
     block_size, batch_size = choose_batch(preset, device, minutes)
     block_size = args.block_size or block_size
-    n_blocks = MAX_EPOCHS * max(1, len(data.train) // block_size - 1)  # the most under --minutes
+    n_blocks = MAX_EPOCHS * max(1, n_tokens // block_size - 1)  # the most that a budget reads
     while not args.steps and batch_size > 1 and n_blocks < 400 * batch_size:
         batch_size //= 2  # or a small text would be read in a few steps
     batch_size = args.batch_size or math.ceil(batch_size / world) * world
     if batch_size % world:
         raise ValueError(f"--batch-size {batch_size} cannot be shared evenly by {world} processes")
     max_steps = None if args.steps else math.ceil(n_blocks / batch_size)
-    n_steps = args.steps or min(1600 * minutes, max_steps)  # a rough guess, for short blocks
+    n_steps = args.steps or min(1600 * minutes, max_steps)  # a rough guess, which matters for few steps
     larger = min(2, math.sqrt(max(1, 400 / n_steps)))  # fewer than 400 steps have to be larger ones
     settings = Settings(
         seed=args.seed or 0,
@@ -939,7 +965,7 @@ def show_plan(settings, reason, data):
     """Print what was chosen, before the first step."""
     config = model_config(settings, data)
     n = config.num_params()
-    show("model", f"{settings.preset}: {n:,} parameters, {config.n_layer} layers of {config.n_embd}")
+    show("model", f"{settings.preset}: {n:,} parameters, {config.n_layer} layers of {config.n_embd} channels")
     show("", reason)
     where = f"{torch.get_num_threads()} threads of a CPU" if settings.device == "cpu" else settings.device
     if settings.processes > 1:
@@ -957,6 +983,12 @@ def show_plan(settings, reason, data):
         show("time", f"{settings.minutes:g} minutes, {epochs}; the number of steps is set after 40 % of it")
     rates = f"Muon {settings.lr:g}, AdamW {settings.lr / 10:g}"
     show("rates", f"{rates}: up in {WARMUP} steps or fewer, constant, the last 60 % down to zero")
+
+
+def show_steps(settings, pace):
+    """Print the number of steps that was decided."""
+    each = 1000 * pace.recent()
+    show("steps", f"{settings.steps:,} in all, of {each:,.0f} ms; from here on the rate falls")
 
 
 def show_text(settings, data):
@@ -1001,14 +1033,18 @@ def move_settings(settings, device, n_rows):
         began = f"{settings.processes} x {settings.device}, now {world} x {device}"
         show("", f"it began on {began}: the same but for rounding and dropout")
         settings.device, settings.processes = device, world
-        settings.micro_batch = -(-settings.batch_size // world)
+        settings.compile = device == "cuda"
+        settings.micro_batch = math.ceil(settings.batch_size / world)
+
+
+# --- the run ---
 
 
 def train(settings, data, blocks, out, state=None):
     """Train a model from its first step or, given the saved state of a run, from there on.
 
     blocks: of data.train. Leaves in `out` what the section "save and resume" lists. Returns the number of
-    steps taken, and the bits per byte that were measured last, after the last step of all held-out text.
+    steps taken, and the bits per byte that were measured last: if the run is finished, with more text.
     """
     rank, world = rank_and_world()
     device, tokenizer = settings.device, data.tokenizer
@@ -1016,6 +1052,11 @@ def train(settings, data, blocks, out, state=None):
     torch.manual_seed(settings.seed)
     model = Transformer(config).to(device).train()
     optimizers = make_optimizers(model, settings.lr, settings.weight_decay, getattr(torch, settings.dtype))
+    objective = NextTokenLoss(model)
+    if settings.compile:
+        objective.compile(dynamic=False)
+    fit_micro_batch(objective, blocks.batch(0, settings.batch_size, rank, world), settings)
+
     prompt = data.val[:8].tolist()
     step, seconds, best, bpb = 0, 0.0, math.inf, None
     loss_sum, n_summed = torch.zeros((), device=device), 0  # over the steps since the last line of the log
@@ -1026,22 +1067,17 @@ def train(settings, data, blocks, out, state=None):
             loss_sum += state["loss_sum"]
     else:
         add_sample(out, model, tokenizer, prompt, step)
-
-    objective = NextTokenLoss(model)
-    if settings.compile:
-        objective.compile(dynamic=False)
-    fit_micro_batch(objective, blocks.batch(step, settings.batch_size, rank, world), settings)
     objective = parallel(objective)
     n_targets = settings.batch_size * settings.block_size  # in a step
     log = Log(out, 3 * config.flops_per_token(settings.block_size), settings)
-    pace = Pace(settings, step, seconds, 1 + len(data.val) / EVAL_TOKENS)
+    pace = Pace(settings, step, seconds, 1 + min(len(data.val), LAST_EVAL_TOKENS) / EVAL_TOKENS)
     saved, stop = seconds, False
     with catch_signals() as stop_asked:
         while step != settings.steps and not stop:
-            rate = learning_rate(step, pace.done, settings)
+            lr_scale = learning_rate(step, pace.done, settings)
             set_dropout(model, step, settings, blocks)
             batch = blocks.batch(step, settings.batch_size, rank, world)
-            losses, norm = training_step(objective, optimizers, batch, n_targets, rate, settings)
+            losses, norm = training_step(objective, optimizers, batch, n_targets, lr_scale, settings)
             loss_sum += losses.sum()
             n_summed += 1
             step += 1
@@ -1057,25 +1093,25 @@ def train(settings, data, blocks, out, state=None):
                     "step": step,
                     "tokens": step * n_targets,
                     "train_loss": loss,
-                    "lr": rate * settings.lr,
+                    "lr": lr_scale * settings.lr,
                     "grad_norm": norm.item(),
                     "tokens_per_second": n_targets / pace.end_lap(step),
                 }
+                decided = pace.decide_steps(step)
                 remark = ""
                 if step == 1:
                     remark = f"an even guess: ln {config.vocab_size} = {math.log(config.vocab_size):.4f}"
-                if pace.decide_steps(step):
-                    show_text(settings, data)
 
             if evaluating:
                 with autocast(settings):
                     bpb = bits_per_byte(model, data.val, tokenizer.bytes_per_token, EVAL_TOKENS)
-                    check_finite(bpb, out)
-                    if bpb < best and rank == 0:
-                        model.save(out / "best", tokenizer)
-                    best = min(best, bpb)
-                    if step == settings.steps:
-                        bpb = bits_per_byte(model, data.val, tokenizer.bytes_per_token)
+                check_finite(bpb, out)
+                if bpb < best and rank == 0:
+                    model.save(out / "best", tokenizer)
+                best = min(best, bpb)
+                if step == settings.steps:
+                    with autocast(settings):
+                        bpb = bits_per_byte(model, data.val, tokenizer.bytes_per_token, LAST_EVAL_TOKENS)
                 values["val_bpb"] = bpb
                 if usual := usual_bpb(step, settings, data):
                     remark = compare_with_usual(bpb, usual)
@@ -1083,7 +1119,10 @@ def train(settings, data, blocks, out, state=None):
 
             if logging:
                 values["seconds"] = pace.read_clock()
-                log.write(values, pace.left(step), keep=evaluating or step == 1, remark=remark)
+                log.write(values, pace.left(step), evaluating or decided or step == 1, remark)
+                if decided:
+                    show_steps(settings, pace)
+                    show_text(settings, data)
 
             save_asked = settings.save_every and step % settings.save_every == 0
             if evaluating or stop or save_asked or pace.seconds - saved > SAVE_SECONDS:
@@ -1159,10 +1198,10 @@ def run(main):
     except (ValueError, OSError, argparse.ArgumentError) as error:
         message = str(error)
     except RuntimeError as error:
-        message = f"{str(error).splitlines()[0]:.150}"
+        message = f"{one_line(error):.150}"
         if is_out_of_memory(error):
             message = f"out of memory: {message}; take a smaller --batch-size or --block-size"
-        elif isinstance(error, dist.DistError) or re.search("onnection|imed out", str(error)):
+        elif isinstance(error, dist.DistError) or re.search("(?i)connection|timed out", str(error)):
             message = f"the processes lost each other, so this one ends, too: {message}"
         else:
             raise

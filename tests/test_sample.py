@@ -288,12 +288,19 @@ def test_packed_weights_compute_the_same(tiny_config, changes, dtype, small, mon
     expected = model(ids)
     packed = sample.pack(model)
     assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
-    by_columns = packed.model.layers[0].mlp.up_proj.columns is not None
+    by_columns = packed.model.layers[0].mlp.up_proj.small is not None
     assert by_columns == (small > 0 and dtype == torch.float32)
     tolerance = 1e-5 if dtype == torch.float32 else 0.1  # bfloat16 has three digits
     assert torch.allclose(packed(ids), expected, atol=tolerance)
     assert torch.allclose(packed(ids[:1, :1]), expected[:1, :1], atol=tolerance)
     assert len(continuation(packed, [1, 2], max_new_tokens=40)) == 40
+
+
+def test_a_packed_model_is_not_saved(tiny_config, monkeypatch, tmp_path):
+    monkeypatch.setattr(sample, "fast_dtype", lambda device: torch.bfloat16)  # packs on any processor
+    packed = sample.pack(Transformer(tiny_config))
+    with pytest.raises(ValueError, match="packed weights cannot be saved"):
+        packed.save(tmp_path / "out")
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"qkv_bias": True}])
