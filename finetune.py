@@ -33,7 +33,9 @@ from model import Transformer, is_fast, replace_files, save_safetensors
 from sample import OUT, end_ids, generate, positive_float, positive_int
 from tokenizer import Tokenizer, render, with_chat_tokens
 from train import (
+    CONSTANT_SHARE,
     EVAL_TOKENS,
+    LAST_EVAL_TOKENS,
     SAVE_SECONDS,
     STATE,
     Log,
@@ -464,7 +466,7 @@ def choose_settings(args, base, config, device):
         seed=args.seed or 0,
         block_size=min(args.block_size or 1024, config.block_size),
         batch_size=batch_size,
-        micro_batch=-(-batch_size // world),
+        micro_batch=math.ceil(batch_size / world),
         lr=args.lr or float(f"{lr:.1e}"),
         dtype=args.dtype or choose_dtype(device),
         device=device,
@@ -487,7 +489,7 @@ def limit_epochs(args, settings, examples):
     """Set how long a run is: --steps, --minutes or --epochs; without any, 3 minutes or 3 epochs."""
     most = max(1, round((args.epochs or EPOCHS) * examples.per_epoch))
     if args.epochs:
-        settings.minutes, settings.steps, settings.fall = None, most, 0.4 * most
+        settings.minutes, settings.steps, settings.fall = None, most, CONSTANT_SHARE * most
     elif not args.steps and not args.minutes:
         settings.max_steps = most
     if settings.steps:
@@ -530,8 +532,8 @@ def write_model(folder, model, settings, material):
     model.save(folder, material.tokenizer, weights, [*ends, im_end])
 
 
-def base_bpb(model, material, settings, n_tokens=None):
-    """Bits per byte of the base model's own text, of about n_tokens (None: all held out); None: unknown text.
+def base_bpb(model, material, settings, n_tokens=LAST_EVAL_TOKENS):
+    """Bits per byte of the base model's own text, of n_tokens that are held out; None: unknown text.
 
     A rise is forgetting.
     """
