@@ -500,6 +500,7 @@ def start(device, deterministic):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")  # only the first process prints
+    torch.set_num_threads(torch.get_num_threads())  # also for MKL, which else takes fewer in small products
     if sys.platform == "linux":
         keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what is left in float32

@@ -381,7 +381,7 @@ def test_what_is_usual_falls_with_the_tokens():
 def test_a_device_that_computes_something_else_is_found(tiny_config, monkeypatch, capsys):
     before = torch.random.get_rng_state()
     stage.compare_with_cpu(tiny_config, "cpu")
-    assert "check     cpu and CPU agree: loss " in capsys.readouterr().out
+    assert "check     cpu and CPU agree in float32: loss " in capsys.readouterr().out
     assert torch.equal(torch.random.get_rng_state(), before)
 
     class Wrong(Transformer):
@@ -391,7 +391,7 @@ def test_a_device_that_computes_something_else_is_found(tiny_config, monkeypatch
 
     monkeypatch.setattr(stage, "Transformer", Wrong)
     stage.compare_with_cpu(tiny_config, "cpu")
-    assert "check     WRONG on 1 of 1 devices: loss " in capsys.readouterr().out
+    assert "check     WRONG in 1 of 1 processes: loss " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("n_slow", "busy"), [(0, False), (10, False), (50, True)])
