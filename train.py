@@ -403,21 +403,20 @@ def bits_per_byte(model, tokens, bytes_per_token, n_tokens=None):
 
 # --- is that normal? ---
 
-# {million tokens: bits per byte} of the default data with the presets' own batches: at a constant rate, and
-# at the end of a run of so many in all. Made by `python tests/bench.py curve` with Python 3.11.
+# {million tokens: bits per byte} of the default data, in batches of 16 x 128: at a constant rate, and
+# at the end of a run of so many in all. Some points of `python tests/bench.py curve`, with Python 3.11.
 USUAL = {
     "pico": {
-        "constant": {
-            0.12: 2.34,
-            0.2: 2.14,
-            0.41: 1.92,
-            0.66: 1.8,
-            0.82: 1.74,
-            1.31: 1.6,
-            1.97: 1.52,
-            2.62: 1.49,
-        },
+        "constant": {0.12: 2.34, 0.2: 2.14, 0.41: 1.92, 0.82: 1.74, 1.31: 1.6, 1.97: 1.52, 2.62: 1.49},
         "end": {0.61: 1.83, 2.05: 1.41, 6.55: 1.24},
+    },
+    "nano": {
+        "constant": {0.12: 2.3, 0.2: 2.09, 0.41: 1.88, 0.82: 1.71, 1.84: 1.54, 2.76: 1.45, 5.53: 1.41},
+        "end": {0.61: 1.77, 2.05: 1.36, 4.61: 1.22, 13.82: 1.15},
+    },
+    "micro": {
+        "constant": {0.12: 2.28, 0.2: 2.06, 0.41: 1.86, 0.82: 1.68, 1.43: 1.57, 2.15: 1.49, 2.87: 1.45},
+        "end": {0.61: 1.73, 2.05: 1.34, 7.17: 1.15},
     },
 }
 
@@ -873,7 +872,7 @@ def choose_dtype(device):
 
 
 # The budget, in minutes of one CPU thread without bfloat16 units, from which on a preset learns more than the
-# one before it. Measured up to 18, where nano does not pay yet (tests/README.md); the rest is extrapolated.
+# one before it. Measured up to 90 (tests/README.md); beyond it extrapolated, and the speeds of GPUs guessed.
 BUDGETS = {"pico": 0, "nano": 30, "micro": 100, "mini": 400, "small": 1600}
 
 

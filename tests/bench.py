@@ -1242,7 +1242,7 @@ def parse_arguments():
     add("--threads", type=int, default=torch.get_num_threads(), help="for each (all)")
 
     add = offer("curve", bench_curve, "bits per byte that are usual after so many tokens")
-    add("--presets", nargs="+", default=["pico", "nano"], choices=PRESETS, help="models (pico nano)")
+    add("--presets", nargs="+", default=list(train.USUAL), choices=PRESETS, help="models (those of USUAL)")
     add("--steps", type=int, nargs="+", default=[300, 1000, 3200], help="of the runs (300 1000 3200)")
 
     add = offer("budget", bench_budget, "whether --minutes are kept beside other programs")
