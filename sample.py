@@ -202,7 +202,7 @@ def by_columns(weight):
 
 
 class PackedLinear(nn.Module):
-    """A matrix in oneDNN's own order, the fastest where there are bfloat16 units; for decoding only."""
+    """A matrix in oneDNN's own order, for decoding only."""
 
     def __init__(self, weight, bias):
         super().__init__()
@@ -222,6 +222,14 @@ class PackedLinear(nn.Module):
         raise ValueError("packed weights cannot be saved: open the folder with Transformer.load instead")
 
 
+def packed_is_faster(dtype):
+    """Whether this CPU multiplies one row faster by packed matrices than by columns (tests/README.md)."""
+    if not torch.backends.mkldnn.is_available() or fast_dtype("cpu") != torch.bfloat16:
+        return False
+    has_amx = torch.cpu.get_capabilities().get("amx_tile", False)  # processors of Intel with bfloat16 units
+    return dtype == torch.bfloat16 or not has_amx
+
+
 def pack(model):
     """Lay out a model's matrices for decoding on this CPU, packed or by columns. It cannot learn any more.
 
@@ -230,7 +238,7 @@ def pack(model):
     weight = model.model.norm.weight
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return model
-    has_units = torch.backends.mkldnn.is_available() and fast_dtype("cpu") == torch.bfloat16
+    packed = packed_is_faster(weight.dtype)
     if model.lm_head is None:  # the head gets a copy of the embedding, from which rows are taken as they are
         V, C = model.model.embed_tokens.weight.shape
         model.lm_head = nn.Linear(C, V, bias=False, device="meta")
@@ -238,7 +246,7 @@ def pack(model):
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear):
             continue
-        if has_units:
+        if packed:
             model.set_submodule(name, PackedLinear(module.weight, module.bias))
         else:
             module.weight = nn.Parameter(by_columns(module.weight), requires_grad=False)

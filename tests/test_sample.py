@@ -276,7 +276,7 @@ def test_a_compiled_step_draws_the_same():
 def test_packed_weights_compute_the_same(tiny_config, changes, dtype, small, monkeypatch):
     if dtype == torch.bfloat16 and fast_dtype("cpu") != torch.bfloat16:
         pytest.skip("this processor has no bfloat16 units")
-    monkeypatch.setattr(sample, "fast_dtype", lambda device: torch.bfloat16)  # packs on any processor
+    monkeypatch.setattr(sample, "packed_is_faster", lambda dtype: True)  # on any processor
     monkeypatch.setattr(sample, "SMALL", small)
     torch.manual_seed(0)
     config = Config(**vars(tiny_config) | changes)
@@ -297,17 +297,15 @@ def test_packed_weights_compute_the_same(tiny_config, changes, dtype, small, mon
 
 
 def test_a_packed_model_is_not_saved(tiny_config, monkeypatch, tmp_path):
-    monkeypatch.setattr(sample, "fast_dtype", lambda device: torch.bfloat16)  # packs on any processor
+    monkeypatch.setattr(sample, "packed_is_faster", lambda dtype: True)  # on any processor
     packed = sample.pack(Transformer(tiny_config))
     with pytest.raises(ValueError, match="packed weights cannot be saved"):
         packed.save(tmp_path / "out")
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"qkv_bias": True}])
-def test_without_bfloat16_units_weights_lie_by_columns_and_compute_the_same(
-    tiny_config, changes, monkeypatch
-):
-    monkeypatch.setattr(sample, "fast_dtype", lambda device: torch.float32)
+def test_weights_by_columns_compute_the_same(tiny_config, changes, monkeypatch):
+    monkeypatch.setattr(sample, "packed_is_faster", lambda dtype: False)
     torch.manual_seed(0)
     model = Transformer(Config(**vars(tiny_config) | changes)).eval()
     for p in model.parameters():
@@ -320,6 +318,18 @@ def test_without_bfloat16_units_weights_lie_by_columns_and_compute_the_same(
     assert len(matrices) == 2 * 7 + 1 and all(matrix.weight.T.is_contiguous() for matrix in matrices)
     assert torch.allclose(laid_out(ids), expected, atol=1e-5)
     assert torch.allclose(laid_out(ids[:1, :1]), expected[:1, :1], atol=1e-5)
+
+
+def test_weights_are_packed_by_the_kind_of_processor(monkeypatch):
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    for fast, has_amx, packed in (
+        (float32, False, []),
+        (bfloat16, False, [float32, bfloat16]),
+        (bfloat16, True, [bfloat16]),
+    ):
+        monkeypatch.setattr(sample, "fast_dtype", lambda device, fast=fast: fast)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has_amx=has_amx: {"amx_tile": has_amx})
+        assert [dtype for dtype in (float32, bfloat16) if sample.packed_is_faster(dtype)] == packed
 
 
 def test_weights_of_another_dtype_stay_as_they_are(model):
