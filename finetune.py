@@ -343,7 +343,7 @@ def add_rows(model, n_known, n):
 
 
 def open_base(base, device, lora_rank):
-    """The model in a folder, with rows for the tokens of a chat. lora_rank: None if all weights learn."""
+    """The model in a folder, with rows for the tokens of a chat. lora_rank: 0 if all weights learn."""
     if not Path(base, "config.json").exists():
         raise ValueError(f"{base} is not a model folder: it has no config.json")
     model = Transformer.load(base, device)

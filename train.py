@@ -404,11 +404,11 @@ def bits_per_byte(model, tokens, bytes_per_token, n_tokens=None):
 # --- is that normal? ---
 
 # {million tokens: bits per byte} of the default data, in batches of 16 x 128: at a constant rate, and
-# at the end of a run of so many in all. Some points of `python tests/bench.py curve`, with Python 3.11.
+# at the end of a run of so many in all. From runs of `python tests/bench.py curve --steps ...`, Python 3.11.
 USUAL = {
     "pico": {
         "constant": {0.12: 2.34, 0.2: 2.14, 0.41: 1.92, 0.82: 1.74, 1.31: 1.6, 1.97: 1.52, 2.62: 1.49},
-        "end": {0.61: 1.83, 2.05: 1.41, 6.55: 1.24},
+        "end": {0.61: 1.83, 2.05: 1.41, 3.63: 1.3, 4.82: 1.26, 6.55: 1.24},
     },
     "nano": {
         "constant": {0.12: 2.3, 0.2: 2.09, 0.41: 1.88, 0.82: 1.71, 1.84: 1.54, 2.76: 1.45, 5.53: 1.41},
@@ -863,12 +863,12 @@ def refuse_with_resume(args, parser):
             raise ValueError(f"--{name.replace('_', '-')}: a resumed run keeps its settings, leave it out")
 
 
+# --- settings: what the arguments leave open follows from machine, time and text ---
+
+
 def choose_dtype(device):
     """The name of the dtype in which the first process's device multiplies fastest, for all processes."""
     return "bfloat16" if from_first_process(fast_dtype(device) == torch.bfloat16) else "float32"
-
-
-# --- settings: what the arguments leave open follows from machine, time and text ---
 
 
 # The budget, in minutes of one CPU thread without bfloat16 units, from which on a preset learns more than the
@@ -895,7 +895,7 @@ def choose_preset(minutes, device, dtype, n_devices, n_tokens, vocab_size):
     if not fitting:
         return "pico", f"the smallest, though large for a text of {n_tokens:,} tokens"
     if fitting != affordable:
-        return fitting[-1], f"more than four parameters for each of {n_tokens:,} tokens would memorize them"
+        return fitting[-1], f"the largest with at most four parameters for each of {n_tokens:,} tokens"
     where = f"{n_devices} CPU threads" if device == "cpu" else f"{n_devices} x {device}"
     return affordable[-1], f"for {minutes:g} minutes of {where} with {dtype} products"
 
@@ -1033,7 +1033,6 @@ def move_settings(settings, device, n_rows):
         began = f"{settings.processes} x {settings.device}, now {world} x {device}"
         show("", f"it began on {began}: the same but for rounding and dropout")
         settings.device, settings.processes = device, world
-        settings.compile = device == "cuda"
         settings.micro_batch = math.ceil(settings.batch_size / world)
 
 

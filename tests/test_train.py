@@ -742,6 +742,32 @@ def test_a_run_is_resumed_with_what_it_began_with_or_not_at_all(prepared, refere
             run_here("--resume", "--out", out)
 
 
+def test_a_resumed_run_tries_its_memory_before_the_optimizers_fill_it(reference, tmp_path, monkeypatch):
+    out, order = tmp_path / "out", []
+    shutil.copytree(reference[0], out)
+    state = stage.read_state(out)
+    settings = stage.Settings(**state["settings"])
+    data = load_data(prepare.DATA / state["data"])
+    monkeypatch.setattr(stage, "fit_micro_batch", lambda *_: order.append("fit"))
+    monkeypatch.setattr(stage, "restore", lambda *_: order.append("restore"))
+    stage.train(settings, data, Blocks(data.train, settings.block_size, 0), out, state)  # nothing is left
+    assert order == ["fit", "restore"]
+
+
+def test_the_last_evaluation_takes_more_text_than_the_others_but_not_any_amount(
+    prepared, tmp_path, monkeypatch
+):
+    asked = []
+
+    def measure(model, tokens, bytes_per_token, n_tokens):
+        asked.append(n_tokens)
+        return 1.0
+
+    monkeypatch.setattr(stage, "bits_per_byte", measure)
+    run_here("--data", prepared, *SHORT, "--out", tmp_path / "out")
+    assert asked == [stage.EVAL_TOKENS] * 3 + [stage.LAST_EVAL_TOKENS]
+
+
 def test_a_run_that_cannot_begin_moves_nothing(prepared, reference, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(reference[0], out)
