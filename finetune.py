@@ -30,7 +30,7 @@ from data.examples import Examples, hold_out, read_examples
 from data.loader import IGNORED, Blocks, Data
 from data.prepare import DATA
 from model import Transformer, is_fast, replace_files, save_safetensors
-from sample import OUT, end_ids, generate, positive_float, positive_int
+from sample import OUT, end_ids, find_unused_ids, generate, positive_float, positive_int
 from tokenizer import Tokenizer, render, with_chat_tokens
 from train import (
     CONSTANT_SHARE,
@@ -237,7 +237,7 @@ def answer(model, tokenizer, examples, batch_size=64):
             longest,
             stop_ids=stop_ids,
             temperature=0,
-            vocab_size=tokenizer.vocab_size,
+            unused_ids=find_unused_ids(model, tokenizer),
         )
         for row, i in zip(zip(*steps), batch):
             answers[i] = tokenizer.decode([new for new in row if new is not None])
@@ -354,9 +354,11 @@ def open_base(base, device, lora_rank):
         print(f"{dtype} is slow on this device: the frozen weights are converted to float32")
         model.float()
     known = Tokenizer.load(Path(base, "tokenizer.json"))
-    tokenizer = with_chat_tokens(known)
-    if tokenizer.vocab_size > known.vocab_size:
-        add_rows(model, known.vocab_size, tokenizer.vocab_size)
+    n_known, n = min(known.vocab_size, model.config.vocab_size), with_chat_tokens(known).vocab_size
+    if n > n_known:
+        if lora_rank:
+            raise ValueError(f"--lora-rank learns no embedding, and {base} has none for a chat: leave it out")
+        add_rows(model, n_known, n)
     return model.train()
 
 

@@ -17,7 +17,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +75,13 @@ def is_fast(dtype, device):
     if dtype == torch.bfloat16 and kind in ("cpu", "cuda"):
         return fast_dtype(kind) == torch.bfloat16
     return not (dtype == torch.float16 and kind == "cpu")
+
+
+def is_out_of_memory(error):
+    """Whether a RuntimeError says that an allocation failed."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)  # on a Mac's GPU; on a CPU
 
 
 @cache
@@ -400,8 +407,12 @@ class Transformer(nn.Module):
         """Write a model folder that `load` and transformers open.
 
         weights: others instead of the model's own; end_ids: ids that end a text (that of <|endoftext|>).
+        RuntimeError, ValueError: nobody could open it.
         """
         weights = weights or self.state_dict()
+        assemble(self.config, weights)
+        if tokenizer and tokenizer.vocab_size > self.config.vocab_size:
+            raise ValueError(f"{self.config.vocab_size} rows are too few for {tokenizer.vocab_size} tokens")
         if end_ids is None and tokenizer and "<|endoftext|>" in tokenizer.special_tokens:
             end_ids = [tokenizer.special_tokens["<|endoftext|>"]]
         generation = {}
@@ -418,7 +429,7 @@ class Transformer(nn.Module):
 
     @classmethod
     def load(cls, folder, device="cpu", dtype=None):
-        """Open a model folder, ours or Hugging Face's, for inference. dtype None: as in the file.
+        """Open a model folder, ours or Hugging Face's, for inference. dtype None: the widest in the file.
 
         ValueError: the folder is damaged, or needs arithmetic that is not here.
         """
@@ -431,14 +442,25 @@ class Transformer(nn.Module):
             weights = {}
             for name in names:
                 weights.update(load_safetensors(folder / name, device, dtype))
-            if config.tie_embeddings:
-                weights.pop("lm_head.weight", None)
-            with torch.device("meta"):  # shapes without memory
-                model = cls(config)
-            model.load_state_dict(weights, assign=True)  # its error lists all that does not fit
+            widest = reduce(torch.promote_types, [weight.dtype for weight in weights.values()])
+            weights = {name: weight.to(widest) for name, weight in weights.items()}
+            if config.tie_embeddings and "lm_head.weight" in weights:
+                head = weights.pop("lm_head.weight")
+                embedding = weights.setdefault("model.embed_tokens.weight", head)
+                if not torch.equal(head, embedding):  # as in transformers 5, the file decides
+                    config.tie_embeddings, weights["lm_head.weight"] = False, head
+            model = assemble(config, weights)
         except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} cannot be opened: {' '.join(str(error).split())}") from None
         return model.eval()
+
+
+def assemble(config, weights):
+    """A Transformer with these weights. RuntimeError: lists all that does not fit."""
+    with torch.device("meta"):  # shapes without memory
+        model = Transformer(config)
+    model.load_state_dict(weights, assign=True)
+    return model
 
 
 # --- the loss in pieces ---
@@ -504,15 +526,26 @@ SUPPORTED = {
     "model_type": ("llama", "mistral", "qwen2", "qwen3"),
     "hidden_act": ("silu",),
     "rope_type": ("default", "llama3"),
+    "rope_interleaved": (False,),
+    "partial_rotary_factor": (1,),
     "sliding_window": (None,),
+    "layer_types": (None,),
+    "per_layer_config": (None,),
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "partial_rotary_factor": (1,),
-    "num_experts": (0,),
-    "num_local_experts": (0,),
-    "attention_multiplier": (1,),
     "quantization_config": (None,),
 }
+# Fields that change no logit. A field in none of these tables is warned of.
+HARMLESS = (
+    "_model_name_or_path", "_name_or_path", "architectures", "attention_dropout", "bos_token_id",
+    "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range", "is_llama_config",
+    "label2id", "max_window_layers", "output_attentions", "output_hidden_states", "pad_token_id",
+    "pretraining_tp", "problem_type", "return_dict", "rope_parameters", "torch_dtype",
+    "transformers.js_config", "transformers_version", "type", "unk_token_id", "use_cache",
+    "use_sliding_window",
+)  # fmt: skip
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -535,21 +568,26 @@ def config_to_json(config, dtype):
 def config_from_json(settings):
     """The Config of a config.json. ValueError: it lacks a field or asks for arithmetic that is not here."""
     rope_settings = (settings.get("rope_parameters") or {}) | (settings.get("rope_scaling") or {})
+    kind = settings.get("model_type")
     found = {
         "model_type": None,
-        "head_dim": 0,
+        "head_dim": 128 if kind == "qwen3" else 0,
         "num_key_value_heads": settings.get("num_attention_heads"),
         "tie_word_embeddings": False,
         "rope_type": rope_settings.get("type", "default"),
         "rope_theta": 10000.0,
         "rope_scaling": None,
-        "use_sliding_window": settings.get("model_type") == "mistral",
+        "use_sliding_window": kind == "mistral",
     }
     for name, value in (settings | rope_settings).items():
         if value is not None:
             found[name] = value
-    if not found["use_sliding_window"]:
-        found["sliding_window"] = None
+    found["sliding_window"] = settings.get("sliding_window", 4096) if found["use_sliding_window"] else None
+    if set(found.get("layer_types", ())) == {"full_attention"}:
+        del found["layer_types"]
+    known = (*JSON_NAMES.values(), *SUPPORTED, *LLAMA3_SCALING, *HARMLESS)
+    if unknown := found.keys() - known:
+        warnings.warn(f"config.json: passed over, not known here: {', '.join(sorted(unknown))}", stacklevel=3)
     for field, supported in SUPPORTED.items():
         if found.get(field, supported[0]) not in supported:
             raise ValueError(f"{field} {found[field]!r} is not supported, only {supported}")
@@ -558,7 +596,6 @@ def config_from_json(settings):
         raise ValueError(f"{', '.join(missing)} missing")
     found["rope_scaling"] = {name: found[name] for name in ("rope_type", *scaling)} if scaling else None
     fields = {ours: found[theirs] for ours, theirs in JSON_NAMES.items()}
-    kind = found["model_type"]
     return Config(**fields, qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3")
 
 

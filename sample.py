@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model import KVCache, Transformer, choose_device, fast_dtype, is_fast
-from tokenizer import Tokenizer, render
+from model import KVCache, Transformer, choose_device, fast_dtype, is_fast, is_out_of_memory
+from tokenizer import Tokenizer, check_messages, render, render_turns, steps_of
 
 OUT = Path(__file__).resolve().parent / "out"
 
@@ -139,23 +139,25 @@ def generate(
     max_new_tokens=64,
     stop_ids=(),
     seed=0,
-    vocab_size=None,
+    unused_ids=(),
     cache=None,
     compiled=False,
     **sampling,
 ):
     """Continue prompts, lists of ids of any lengths but zero; yield at each step one new id per prompt.
 
-    A row that draws one of stop_ids has ended and yields None from then on. Ids from vocab_size on are never
-    drawn; sampling: the fields of Sampling. When the longest row has filled the context, all rows continue
-    from their last half of it. With a given cache, prompts continue what each row holds, until it is full.
-    ValueError: unusable settings.
+    A row that draws one of stop_ids has ended and yields None from then on. unused_ids are never drawn;
+    sampling: the fields of Sampling. When the longest row has filled the context, all rows continue from
+    their last half of it. With a given cache, prompts continue what each row holds, until it is full.
+    ValueError: unusable settings, or scores that are not numbers.
     """
     sampling = Sampling(**sampling)
     if not prompts or not all(prompts):
         raise ValueError("generate needs a prompt, of at least one token")
     if cache is not None and len(cache.lengths) != len(prompts):
         raise ValueError(f"a cache of {len(cache.lengths)} rows does not go with {len(prompts)} prompts")
+    if max(map(max, prompts)) >= model.config.vocab_size:  # a GPU would fail without a reason
+        raise ValueError(f"id {max(map(max, prompts))} has no row in a model of {model.config.vocab_size}")
     device, context = model.model.norm.weight.device, model.config.block_size
     generator = torch.Generator(device).manual_seed(seed)
     rows = [list(prompt[-context:]) for prompt in prompts]
@@ -165,10 +167,13 @@ def generate(
         cache = make_cache(model, len(rows), min(context, longest + max_new_tokens))
     logits = prefill(model, cache, rows)
     step = compile_step(cache) if compiled else one_token
-    ended = [False] * len(rows)
+    ended, unused = [False] * len(rows), torch.tensor(unused_ids, device=device, dtype=torch.long)
     for n_made in range(1, max_new_tokens + 1):
-        new = next_tokens(logits[:, :vocab_size], sampling, generator)  # (B,)
-        ids = new.tolist()
+        logits[:, unused] = -math.inf
+        new = next_tokens(logits, sampling, generator)  # (B,)
+        ids = torch.where(logits.amax(-1).isfinite(), new, -1).tolist()
+        if -1 in ids:
+            raise ValueError(f"scores of NaN: the weights are damaged, or too large for {logits.dtype}")
         ended = [end or i in stop_ids for end, i in zip(ended, ids)]
         if all(ended):
             return
@@ -302,8 +307,7 @@ def stream_text(tokenizer, steps, stops=()):
 def to_prompt(tokenizer, text):
     """The ids of a text and, before it, what the tokenizer's model expects there; never none at all."""
     ids = tokenizer.encode(text)
-    processor = tokenizer.document.get("post_processor") or {}
-    for step in processor.get("processors", [processor]):
+    for step in steps_of(tokenizer.document.get("post_processor"), "processors"):
         for part in step.get("single", [])[:1]:
             if "SpecialToken" in part:  # <|begin_of_text|> of Llama 3
                 ids.insert(0, tokenizer.special_tokens[part["SpecialToken"]["id"]])
@@ -335,19 +339,24 @@ def stream_samples(model, tokenizer, prompt, stops, n_samples, **settings):
 # --- chat ---
 
 
+CHAT_CONTEXT = 8192  # tokens; the cache of a large model with all its context may not fit into memory
+
+
 class Chat:
     """A conversation whose KV cache is kept, so that each turn reads only what is new."""
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
+        self.opening, _ = render(tokenizer, [])
         self.turns = []  # the ids of each turn
         self.read = []  # the ids that the cache holds
-        self.cache = make_cache(model, 1, model.config.block_size)
+        self.cache = make_cache(model, 1, min(CHAT_CONTEXT, model.config.block_size))
 
     def answer(self, text, stops=(), **settings):
         """Yield the answer to a text in pieces. Where the context is too short, say what is forgotten."""
-        room = self.cache.max_len * 3 // 4  # the rest is for the answer
-        question, _ = render(self.tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
+        room = self.cache.max_len * 3 // 4 - len(self.opening)  # the rest is for the answer
+        said = [{"role": "user", "content": text}]
+        question, _ = render_turns(self.tokenizer, said, add_generation_prompt=True)
         turns, n_forgotten = [*self.turns, question], 0
         while n_forgotten < len(turns) - 1 and sum(map(len, turns[n_forgotten:])) > room:
             n_forgotten += 2  # a question and its answer
@@ -358,6 +367,7 @@ class Chat:
         if len(ids) > room:
             print(f"(this is too long: only its last {room} tokens are read)", file=sys.stderr)
             ids = ids[-room:]
+        ids = self.opening + ids
         same = 0  # the ids that the cache holds already; at least one is left to read
         while same < min(len(ids) - 1, len(self.read)) and ids[same] == self.read[same]:
             same += 1
@@ -382,7 +392,7 @@ class Chat:
 
 def converse(model, tokenizer, folder, stops, stop_ids, seed, **settings):
     """Answer what is typed, line by line, until /quit or the end of the input; /reset forgets everything."""
-    render(tokenizer, [])  # refuses a tokenizer without the ChatML layout before anybody types
+    chat = Chat(model, tokenizer)  # refuses a tokenizer without the ChatML layout before anybody types
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  gives input() its line editing and history
     end = tokenizer.special_tokens["<|im_end|>"]
@@ -394,7 +404,6 @@ def converse(model, tokenizer, folder, stops, stop_ids, seed, **settings):
         if questions:
             print("it answers questions like these, new to it:", *questions, sep="\n  ", file=sys.stderr)
     print("/reset starts anew, /quit ends; Ctrl-C cuts an answer short", file=sys.stderr)
-    chat = Chat(model, tokenizer)
     settings["stop_ids"] = stop_ids | {end}
     while sys.stdin:  # a caller may have closed it
         try:
@@ -423,7 +432,7 @@ def read_prompts(path):
     lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
     if lines[-1] == "":
         lines.pop()
-    if Path(path).suffix != ".jsonl":
+    if Path(path).suffix.lower() not in (".jsonl", ".json"):
         return {number: {"prompt": line} for number, line in enumerate(lines, 1)}
     records = {}
     for number, line in enumerate(lines, 1):
@@ -431,18 +440,14 @@ def read_prompts(path):
             continue
         try:
             record = json.loads(line)
-            texts = [record["prompt"]] if "prompt" in record else []
-            for message in record.get("messages", []):
-                texts += [message["role"], message["content"]]
-            if "prompt" in record and "messages" in record:
-                raise ValueError('it has both "prompt" and "messages"')
-            if not texts or not all(isinstance(text, str) for text in texts):
-                raise ValueError('it needs "prompt", a text, or "messages", each with "role" and "content"')
+            if not isinstance(record, dict) or ("prompt" in record) == bool(record.get("messages")):
+                raise ValueError('a line needs {"prompt": a text} or {"messages": a list}')
+            check_messages(record.get("messages") or [{"role": "user", "content": record["prompt"]}])
             if taken := {"line", "completion"} & record.keys():
                 raise ValueError(f"{min(taken)!r} is a field of the answer: leave it out")
             json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair cannot be written
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: {error!r:.150}") from None
+        except (AttributeError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: {error!s:.150}") from None
         records[number] = record
     return records
 
@@ -490,7 +495,7 @@ def answer_file(model, tokenizer, path, output, batch_size, stops, seed, **setti
         raise ValueError(f"{output} is not a file")
     records, answers, start = read_prompts(path), read_answers(output), time.perf_counter()
     for number, answer in answers.items():
-        if number not in records or answer != answer | records[number]:
+        if number not in records or json.dumps(answer) != json.dumps(answer | records[number]):  # NaN != NaN
             raise ValueError(f"{output} (or a .part file) answers other prompts than {path}: choose another")
     prompts = {number: prompt_of(record, tokenizer) for number, record in records.items()}
     if too_long := sum(len(prompt) > context for prompt in prompts.values()):
@@ -549,7 +554,16 @@ def load(folder, device="cpu", dtype=None):
     if dtype is None and not is_fast(stored, device):
         print(f"{stored} is slow on this device: converted to float32 (--dtype keeps it)", file=sys.stderr)
         model.float()
-    return pack(model), Tokenizer.load(folder / "tokenizer.json")
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        sizes = f"{tokenizer.vocab_size:,} tokens, its model {model.config.vocab_size:,}"
+        print(f"the tokenizer of {folder} has {sizes}: the last ones cannot be read", file=sys.stderr)
+    return pack(model), tokenizer
+
+
+def find_unused_ids(model, tokenizer):
+    """The ids of a model that stand for no token: its matrices may be larger than the vocabulary."""
+    return [i for i in range(model.config.vocab_size) if i not in tokenizer.tokens]
 
 
 def end_ids(folder, tokenizer):
@@ -649,7 +663,7 @@ def main():
     model, tokenizer = load(folder, device, args.dtype and getattr(torch, args.dtype))
     print(f"{os.path.relpath(folder)}: {model.config.num_params():,} parameters", file=sys.stderr)
     settings = dict(sampling, max_new_tokens=args.max_new_tokens, seed=args.seed, compiled=args.compile)
-    settings.update(vocab_size=tokenizer.vocab_size, stop_ids=end_ids(folder, tokenizer))
+    settings.update(unused_ids=find_unused_ids(model, tokenizer), stop_ids=end_ids(folder, tokenizer))
     if args.chat:
         converse(model, tokenizer, folder, args.stop, **settings)
     elif args.prompts:
@@ -666,6 +680,11 @@ if __name__ == "__main__":
         sys.exit(130)
     except BrokenPipeError:  # a reader such as `head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, argparse.ArgumentError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, argparse.ArgumentError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory: {error!s:.150}", file=sys.stderr)
         sys.exit(2)

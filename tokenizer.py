@@ -23,6 +23,7 @@ import re
 import signal
 import sys
 import unicodedata
+import warnings
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cache, partial
@@ -159,14 +160,15 @@ def write_out_classes(match):
 
 
 @cache
-def compile_splitter(pattern):
+def compile_splitter(pattern, keep_rest=True):
     r"""Return a function that cuts a text into chunks, a list of str. ValueError: the pattern is unusable.
 
-    The library `re` is about twice as fast as `regex` but does not know \p{L}. For the three patterns above,
-    such classes are written out as ranges below U+10000; a text with characters beyond is left to `regex`.
+    keep_rest: whether text between two matches is a chunk, too. The library `re` is about twice as fast as
+    `regex` but does not know \p{L}. For the three patterns above, such classes are written out as ranges
+    below U+10000; a text with characters beyond is left to `regex`.
     """
     try:
-        exact = regex.compile(covering(pattern))
+        exact = regex.compile(covering(pattern) if keep_rest else pattern)
     except regex.error as error:
         raise ValueError(f"the split pattern {pattern} is not a regular expression: {error}") from None
     bare = re.sub(r"\\.|\[(\\.|[^\]\\])*\]|\(\?i:", "", pattern)  # without escapes, sets and (?i:...)
@@ -174,7 +176,8 @@ def compile_splitter(pattern):
     if exact.groups or anchors or "" in exact.findall("".join(map(chr, range(0x3100)))):
         raise ValueError(f"the split pattern {pattern} has a group, an anchor, a flag or an empty match")
     fast = exact
-    if pattern in (GPT2_PATTERN, GPT4_PATTERN, WORDS_PATTERN) and sys.version_info >= (3, 11):  # has "++"
+    known = keep_rest and pattern in (GPT2_PATTERN, GPT4_PATTERN, WORDS_PATTERN)
+    if known and sys.version_info >= (3, 11):  # has "++"
         fast = re.compile(covering(re.sub(r"\[[^\]]*\]|\\p\{\w+\}|\\[sS]", write_out_classes, pattern)))
     beyond = re.compile("[\U00010000-\U0010ffff]").search
 
@@ -220,51 +223,59 @@ def tokenizer_json(ids, merges, pattern, special_tokens):
     }
 
 
+def steps_of(part, name):
+    """The steps of a normalizer, pre_tokenizer or post_processor: those of a sequence, itself, or none."""
+    return part.get(name, [part]) if part else []
+
+
 def refuse_unsupported(document):
     """ValueError: the tokenizer.json has a setting that changes ids and that is not implemented here."""
-    model, normalizer = document["model"], document.get("normalizer")
+    model = document["model"]
     options = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
     odd = {field: model[field] for field in options if model.get(field)}
     if odd or model.get("type", "BPE") != "BPE":
         raise ValueError(f"model: {model.get('type')} {odd or ''} is not supported")
-    if normalizer not in (None, {"type": "NFC"}):
-        raise ValueError(f"normalizer: {json.dumps(normalizer)} is not supported")
+    for step in steps_of(document.get("normalizer"), "normalizers"):
+        if step != {"type": "NFC"}:
+            raise ValueError(f"normalizer: {json.dumps(step)} is not supported")
     for token in document["added_tokens"]:
         odd = not token["special"] and (token["single_word"] or token["lstrip"] or token["rstrip"])
-        if odd or model["vocab"].get(token["content"], token["id"]) != token["id"]:
+        twice = model["vocab"].get(token["content"], token["id"]) != token["id"]
+        if odd or twice or token["content"] in byte_symbols():
             raise ValueError(f"added_tokens: {token} is not supported")
 
 
 def read_patterns(pre_tokenizer):
-    """The patterns by which a tokenizer.json splits text, to be applied one after the other."""
-    *steps, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    patterns = []
-    for step in [*steps, last]:
+    """How a tokenizer.json splits text, one step after the other: [(pattern, whether the rest is kept)]."""
+    steps, patterns = steps_of(pre_tokenizer, "pretokenizers"), []
+    for step in steps:
         match step:
-            case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}:
-                patterns.append(pattern)
+            case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}}:
+                patterns.append((pattern, True))
+            case {"type": "Split", "behavior": "Removed", "invert": True, "pattern": {"Regex": pattern}}:
+                patterns.append((pattern, False))
             case {"type": "Digits", "individual_digits": True}:
-                patterns.append(r"\p{N}")
-            case {"type": "ByteLevel", "add_prefix_space": False} if step is last:
+                patterns.append((r"\p{N}", True))
+            case {"type": "ByteLevel", "add_prefix_space": False} if step is steps[-1]:
                 if step.get("use_regex", True):
-                    patterns.append(GPT2_PATTERN)
-                return patterns or [r"[\s\S]+"]
+                    patterns.append((GPT2_PATTERN, True))
+                return patterns or [(r"[\s\S]+", True)]
             case _:
-                break
-    raise ValueError(f"pre_tokenizer: {json.dumps(step)} is not supported")
+                raise ValueError(f"pre_tokenizer: {json.dumps(step)} is not supported")
+    raise ValueError("pre_tokenizer: it does not end with ByteLevel")
 
 
-def read_ranks(model, ids, spelled):
+def read_ranks(model, ids, spell):
     """Read the merges -> (halves {token: its two parts}, ranks {token: order in which tiktoken joins it}).
 
-    ids {token: id}; spelled {name in the file: token}. tiktoken needs no merges: it joins any two neighbours
+    ids {token: id}; spell(name in the file) -> token. tiktoken needs no merges: it joins any two neighbours
     that spell a token, the one of lowest rank first. That equals the merges if each token is made of tokens
     made before it; a token without a merge (only with ignore_merges) must not be spelled by two others.
     """
     halves = {}
     for merge in model["merges"]:
         names = merge.split(" ") if isinstance(merge, str) else merge
-        left, right = (spelled[name] for name in names)
+        left, right = map(spell, names)
         known = all(len(half) == 1 or half in halves for half in (left, right))
         if not known and not model.get("ignore_merges"):
             raise ValueError(f"model.merges: {left + right!r} is made before its halves")
@@ -276,57 +287,70 @@ def read_ranks(model, ids, spelled):
         if any(token[:i] in ids and token[i:] in ids for i in range(1, len(token))):
             raise ValueError(f"model.merges: {token!r} has none, though two other tokens spell it")
     ranks = {token: rank for rank, token in enumerate(dict.fromkeys([*BYTES, *halves, *whole]))}
-    if missing := ranks.keys() - ids.keys():
-        raise ValueError(f"model.vocab: it lacks {min(missing)!r}, a byte or the result of a merge")
     return halves, ranks
 
 
 # --- the tokenizer ---
 
+SETTINGS_FILES = ("tokenizer_config.json", "chat_template.jinja")
+SETTINGS = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
+
 
 class Tokenizer:
     """A vocabulary at work, made from the content of a tokenizer.json. ValueError: it is not supported.
 
-    tokens {id: bytes}; special_tokens {text: id}; vocab_size; bytes_per_token[id] (special tokens: 0).
-    Text never becomes a special token; other added tokens are found in it. A post_processor is ignored here.
+    tokens {id: bytes}; special_tokens {text: id}; vocab_size; bytes_per_token[id] (special tokens: 0);
+    missing_bytes: those without a token, which are left out of a text. Text never becomes a special token;
+    other added tokens are found in it. A post_processor is ignored here. settings: the SETTINGS.
     """
 
-    def __init__(self, document):
+    def __init__(self, document, settings=None):
         refuse_unsupported(document)
         model, added = document["model"], document["added_tokens"]
-        self.document = document
+        self.document, self.settings = document, settings or {}
         self.special_tokens = {token["content"]: token["id"] for token in added if token["special"]}
         literals = {token["content"]: token["id"] for token in added if not token["special"]}
 
         byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
-        spelled = {}  # name in the file -> bytes
-        for name in model["vocab"]:
-            if name not in literals and name not in self.special_tokens:
-                spelled[name] = bytes([byte_of[symbol] for symbol in name])
-        ids = {token: model["vocab"][name] for name, token in spelled.items()}
-        self.halves, ranks = read_ranks(model, ids, spelled)
 
-        self._id_of_rank = np.array([*(ids[token] for token in ranks), *literals.values()])
-        self._rank_of_literal = {text: len(ranks) + k for k, text in enumerate(literals)}
+        def spell(name):
+            return bytes([byte_of[symbol] for symbol in name])
+
+        names = [name for name in model["vocab"] if name not in literals and name not in self.special_tokens]
+        ids = {spell(name): model["vocab"][name] for name in names}
+        self.halves, ranks = read_ranks(model, ids, spell)
+        merged = self.halves.keys() - ids.keys()  # added tokens that merges make, too
+        if unknown := merged - {text.encode() for text in literals}:
+            raise ValueError(f"model.vocab: it lacks {min(unknown)!r}, the result of a merge")
+        ids.update((token, literals[token.decode()]) for token in merged)
+        self.missing_bytes = b"".join(byte for byte in BYTES if byte not in ids)
+
+        self._id_of_rank = np.array([ids.get(token, -1) for token in ranks])
+        self._literals = literals
         texts = [*ids.items(), *((text.encode(), i) for text, i in literals.items())]
         self.tokens = {i: token for token, i in texts}
         self.tokens.update((i, text.encode()) for text, i in self.special_tokens.items())
-        if len(self.tokens) < len(ids) + len(added) or not 0 <= min(self.tokens) <= max(self.tokens) < 2**24:
+        n_distinct = len(ids) + len(added) - len(merged)
+        if len(self.tokens) < n_distinct or not 0 <= min(self.tokens) <= max(self.tokens) < 2**24:
             raise ValueError("ids must be whole numbers below 2^24, each used once")
         self.vocab_size = max(self.tokens) + 1
         self.bytes_per_token = np.zeros(self.vocab_size, dtype=np.int64)
         self.bytes_per_token[[i for _, i in texts]] = [len(token) for token, _ in texts]
 
         patterns = read_patterns(document["pre_tokenizer"])
-        *self._steps, self._split = map(compile_splitter, patterns)  # tiktoken applies the last one
-        if document.get("normalizer"):
+        *self._steps, self._split = [compile_splitter(*pattern) for pattern in patterns]
+        if steps_of(document.get("normalizer"), "normalizers"):
             self._steps.insert(0, lambda text: [unicodedata.normalize("NFC", text)])
         if literals:
             longest_first = sorted(literals, key=len, reverse=True)
             self._steps.insert(0, compile_splitter("|".join(map(regex.escape, longest_first))))
-        pattern = covering(patterns[-1])
+        pattern, keep_rest = patterns[-1]  # tiktoken applies the last one
+        pattern = covering(pattern) if keep_rest else pattern
         unused = {"<": len(ranks)}  # never found in text, but tiktoken is slower without any
         self._encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens=unused)
+
+    def __reduce__(self):  # tiktoken's object cannot be sent to another process
+        return Tokenizer, (self.document, self.settings)
 
     @property
     def fingerprint(self):
@@ -378,19 +402,24 @@ class Tokenizer:
 
     def encode_to_array(self, text):
         """Text -> ids as an int64 array."""
-        parts, literals = [mend_surrogates(text)], self._rank_of_literal
+        parts, literals = [mend_surrogates(text)], self._literals
         for step in self._steps:
             parts = [piece for part in parts for piece in ([part] if part in literals else step(part))]
-        ranks = [np.uint32([])]
+        ids = [np.int64([])]
         for part in parts:
             if part in literals:
-                ranks.append([literals[part]])
+                ids.append([literals[part]])
                 continue
             try:
-                ranks.append(self._encoding.encode_to_numpy(part, disallowed_special=()))
+                new = self._id_of_rank[self._encoding.encode_to_numpy(part, disallowed_special=())]
             except ValueError:  # tiktoken's regex engine gives up, as on a million blanks in a row
-                ranks += [self._encoding._encode_single_piece(chunk) for chunk in self._split(part)]
-        return self._id_of_rank[np.concatenate(ranks).astype(np.int64)]
+                new = [-1]
+            if -1 in new:  # or a byte without a token, whose neighbours may be merged
+                chunks = [chunk.encode().translate(None, self.missing_bytes) for chunk in self._split(part)]
+                ranks = [self._encoding._encode_single_piece(chunk) for chunk in chunks if chunk]
+                new = self._id_of_rank[np.concatenate([np.int64([]), *ranks]).astype(np.int64)]
+            ids.append(new)
+        return np.concatenate(ids)
 
     def decode_bytes(self, ids):
         """Ids -> the bytes that they stand for; special tokens as their names. ValueError: an unknown id."""
@@ -411,17 +440,28 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens."""
         self.save(Path(folder) / "tokenizer.json")
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        if "<|endoftext|>" in self.special_tokens:
-            settings["eos_token"] = "<|endoftext|>"
+        settings.update(self.settings)
+        for end in ("<|endoftext|>", "<|im_end|>"):
+            if end in self.special_tokens:
+                settings.setdefault("eos_token", end)
+        if "eos_token" in settings:  # transformers makes no batch of texts without a token to pad them
+            settings.setdefault("pad_token", settings["eos_token"])
         if self.special_tokens.keys() >= set(CHAT_TOKENS):
-            settings["chat_template"] = CHAT_TEMPLATE
+            settings["chat_template"], _ = chat_layout(self)
         Path(folder, "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
     @classmethod
     def load(cls, path):
         """Read a byte-level BPE tokenizer.json. ValueError: the file is damaged or of another kind."""
         try:
-            return cls(json.loads(Path(path).read_text(encoding="utf-8")))
+            config, template = (Path(path).with_name(name) for name in SETTINGS_FILES)
+            settings = {}
+            if config.exists():  # a token is a text or {"content": text, ...}
+                found = json.loads(config.read_bytes(), object_hook=lambda part: part.get("content", part))
+                settings = {name: found[name] for name in SETTINGS if found.get(name)}
+            if template.exists():
+                settings["chat_template"] = template.read_text(encoding="utf-8")
+            return cls(json.loads(Path(path).read_bytes()), settings)
         except (LookupError, TypeError, AttributeError, RecursionError, ValueError) as error:
             kind = "a byte-level BPE tokenizer.json, such as that of GPT-2, Llama 3, Qwen or SmolLM"
             raise ValueError(f"{path} is not {kind}: {error!r:.300}") from None
@@ -438,12 +478,35 @@ CHAT_TEMPLATE = (
 )
 
 
+ROLES = ("system", "user", "assistant")
+
+
+def check_messages(messages):
+    """ValueError: what is wrong with the messages of a conversation."""
+    for i, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        allowed = ROLES if i == 0 else ROLES[1:]
+        if role not in allowed:
+            raise ValueError(f"message {i + 1} has the role {role!r}, not {' or '.join(allowed)}")
+        if not isinstance(content, str):
+            raise ValueError(f"the content of message {i + 1} is not a text: {content!r:.40}")
+
+
 def render(tokenizer, messages, add_generation_prompt=False):
     """A conversation -> (ids, mask); the mask is True for what the assistant says, its end included.
 
-    messages: [{"role": ..., "content": ...}, ...]; space around a content is dropped. With
-    add_generation_prompt the ids end where the assistant's turn begins. ValueError: no ChatML tokens.
+    messages: [{"role": ..., "content": ...}, ...]; space around a content is dropped, and an answer with
+    "weight": 0 is not marked. With add_generation_prompt the ids end where the assistant's turn begins.
+    ValueError: no ChatML tokens.
     """
+    turns, mask = render_turns(tokenizer, messages, add_generation_prompt)
+    _, openings = chat_layout(tokenizer)
+    has_system = bool(messages) and messages[0]["role"] == "system"
+    return openings[has_system] + turns, [False] * len(openings[has_system]) + mask
+
+
+def render_turns(tokenizer, messages, add_generation_prompt=False):
+    """The same without what the layout puts before the first turn."""
     for name in CHAT_TOKENS:
         if name not in tokenizer.special_tokens:
             raise ValueError(f"the tokenizer has no {name}: chat needs a model with the ChatML layout")
@@ -455,13 +518,47 @@ def render(tokenizer, messages, add_generation_prompt=False):
         gap = tokenizer.encode("\n")
         ids += header + content + gap
         mask += [False] * len(header)
-        mask += [message["role"] == "assistant"] * len(content)
+        mask += [message["role"] == "assistant" and message.get("weight", 1) != 0] * len(content)
         mask += [False] * len(gap)
     if add_generation_prompt:
         prompt = [start, *tokenizer.encode("assistant\n")]
         ids += prompt
         mask += [False] * len(prompt)
     return ids, mask
+
+
+@cache
+def chat_layout(tokenizer):
+    """(template, openings): what stands before the first turn, in ids, without and with a system message.
+
+    A model's own template may open a chat by a first token or by a system message of its own, and is kept.
+    Where it writes turns in another way than `render_turns`, a warning says so, and ours takes its place.
+    """
+    template, openings = tokenizer.settings.get("chat_template", CHAT_TEMPLATE), []
+    if template == CHAT_TEMPLATE:
+        return template, ([], [])
+    first, *turns = [dict(role=role, content="a text") for role in (*ROLES, "user")]
+    special = "|".join(map(re.escape, tokenizer.special_tokens))
+    try:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment  # comes with torch
+
+        compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+        for messages in (turns, [first, *turns]):
+            theirs = compiled.render(tokenizer.settings, messages=messages, add_generation_prompt=True)
+            ours, _ = render_turns(tokenizer, messages, add_generation_prompt=True)
+            opening, found, end = theirs.rpartition(tokenizer.decode(ours))
+            if end or not found:
+                raise ValueError("its turns differ")
+            ids = []
+            for piece in re.split(f"({special})", opening):
+                is_special = piece in tokenizer.special_tokens
+                ids += [tokenizer.special_tokens[piece]] if is_special else tokenizer.encode(piece)
+            openings.append(ids)
+    except Exception as error:  # whatever this program of others does
+        text = "this model was taught another layout of a chat than ChatML's and may answer badly"
+        warnings.warn(f"{text} ({error!s:.99})", stacklevel=3)
+        return CHAT_TEMPLATE, ([], [])
+    return template, openings
 
 
 def with_chat_tokens(tokenizer):
@@ -473,7 +570,7 @@ def with_chat_tokens(tokenizer):
     added = [dict(id=tokenizer.vocab_size + i, content=name, **flags) for i, name in enumerate(missing)]
     document = dict(tokenizer.document)
     document["added_tokens"] = tokenizer.document["added_tokens"] + added
-    return Tokenizer(document)
+    return Tokenizer(document, tokenizer.settings | {"chat_template": CHAT_TEMPLATE})
 
 
 # --- command line ---
@@ -501,6 +598,8 @@ def show(tokenizer, text):
         print(f"{i:8}  {merge_tree(tokenizer.tokens[i], tokenizer.halves)}")
     n_bytes = sum(len(tokenizer.tokens[i]) for i in ids)
     print(f"{n_bytes} bytes, {len(ids)} tokens: {n_bytes / max(1, len(ids)):.2f} bytes per token")
+    if lost := [byte for byte in mend_surrogates(text).encode() if byte in tokenizer.missing_bytes]:
+        print(f"left out, since this vocabulary has no token for them: {bytes(lost)}")
 
 
 def read_texts(paths, size=2**18):
@@ -523,6 +622,7 @@ def main():
     look.add_argument("file", help="a tokenizer.json")
     look.add_argument("text", help="the text to cut into tokens")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal has every character
     if args.command == "show":
         show(Tokenizer.load(args.file), args.text)
         return

@@ -37,8 +37,8 @@ import torch.distributed as dist
 from torch import nn
 
 from data.loader import IGNORED, Blocks, find_data, load_data, validation_batches
-from model import PRESETS, Config, Transformer, choose_device, fast_dtype, matmul_rate
-from sample import OUT, generate, positive_float, positive_int, seed_number
+from model import PRESETS, Config, Transformer, choose_device, fast_dtype, is_out_of_memory, matmul_rate
+from sample import OUT, find_unused_ids, generate, positive_float, positive_int, seed_number
 
 DEFAULT_MINUTES = 3
 CONSTANT_SHARE = 0.4  # of a run, after which the learning rate falls
@@ -169,13 +169,6 @@ def fit_micro_batch(objective, batch, settings):
             raise ValueError("out of memory with one row at a time: take shorter rows or a smaller model")
         settings.micro_batch //= 2
         print(f"out of memory: trying {settings.micro_batch} rows at a time")
-
-
-def is_out_of_memory(error):
-    """Whether an exception means that a GPU's or the computer's memory is full."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return "out of memory" in str(error) or "can't allocate memory" in str(error)  # on a Mac's GPU; on a CPU
 
 
 def one_line(error):
@@ -802,7 +795,8 @@ def add_sample(out, model, tokenizer, prompt, step):
         return
     specials = tokenizer.special_tokens.values()
     model.eval()
-    steps = generate(model, [prompt], 30, stop_ids=specials, top_p=1, vocab_size=tokenizer.vocab_size)
+    unused = find_unused_ids(model, tokenizer)
+    steps = generate(model, [prompt], 30, stop_ids=specials, top_p=1, unused_ids=unused)
     text = tokenizer.decode(prompt + [new for (new,) in steps])
     model.train()
     with open(out / "samples.txt", "a", encoding="utf-8") as file:
@@ -1188,6 +1182,7 @@ def main():
 
 def run(main):
     """Run a script's main(): a user's mistake ends in one line on stderr and exit status 2, Ctrl-C in 130."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal has every character
     try:
         status = main()
         leave_processes()

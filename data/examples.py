@@ -4,12 +4,14 @@
     {"prompt": "...", "completion": "...", "channel": "its source, if losses are to be told apart"}
     {"prompt": "...", "chosen": "...", "rejected": "..."}       a preference, for --method dpo
 
-Only what the assistant says is learned; a conversation of many turns teaches all of its answers in one pass.
+Only what the assistant says is learned; a conversation of many turns teaches all of its answers in one pass,
+but those with "weight": 0. Lines in the layouts of ShareGPT, Alpaca and TRL are read, too.
 """
 
 import hashlib
 import json
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -19,10 +21,9 @@ import numpy as np
 import torch
 
 from data.loader import IGNORED
-from tokenizer import render
+from tokenizer import check_messages, render
 
 POOL = 50  # batches' worth of shuffled examples are sorted by length together
-ROLES = ("system", "user", "assistant")
 DEV_SHARE, MOST_DEV = 20, 200  # every 20th example of a channel is held out, 200 at most
 
 
@@ -46,37 +47,59 @@ class Example:
 
 # --- reading ---
 
+ANSWERS = ("completion", "chosen", "rejected")
+# How others call what a line has, ShareGPT and Alpaca -> how it is called here.
+NAMES = {"conversations": "messages", "from": "role", "value": "content"}
+NAMES.update(human="user", gpt="assistant", instruction="prompt", output="completion")
+UNDERSTOOD = {"messages", "prompt", "input", *ANSWERS, "system", "channel", "role", "content", "weight"}
 
-def check_messages(messages):
+
+def check_conversation(messages):
     """ValueError: what is wrong with the messages of a conversation."""
+    check_messages(messages)
     for i, message in enumerate(messages):
-        role, content = message["role"], message["content"]
-        allowed = ROLES if i == 0 else ROLES[1:]
-        if role not in allowed:
-            raise ValueError(f"message {i + 1} has the role {role!r}, not {' or '.join(allowed)}")
-        if not isinstance(content, str):
-            raise ValueError(f"the content of message {i + 1} is not a text: {content!r:.40}")
-        if role == "assistant" and not content.strip():
+        if message["role"] == "assistant" and not message["content"].strip():
             raise ValueError(f"the answer in message {i + 1} is empty")
-        content.encode()  # half a surrogate pair is not a character
-    turns = [message["role"] for message in messages if message["role"] != "system"]
-    if turns[:1] != ["user"]:
+        if message.get("weight", 1) not in (0, 1):
+            raise ValueError(f"the weight of message {i + 1} is not 0 or 1: {message['weight']!r:.40}")
+        message["content"].encode()  # half a surrogate pair is not a character
+    turns = [message for message in messages if message["role"] != "system"]
+    if not turns or turns[0]["role"] != "user":
         raise ValueError("the first turn must be the user's")
-    if "assistant" not in turns:
+    if not any(turn["role"] == "assistant" and turn.get("weight", 1) for turn in turns):
         raise ValueError("there is no turn of the assistant to learn")
+
+
+def read_record(line):
+    """A line's JSON, with the names that are used here."""
+
+    def rename(part):
+        if "from" in part:
+            part["from"] = NAMES.get(part["from"], part["from"])
+        return {NAMES.get(name, name): value for name, value in part.items()}
+
+    return json.loads(line, object_hook=rename)
 
 
 def conversations_of(record):
     """The conversations of a line, each a list of messages that ends with an answer. ValueError: a fault."""
     if not isinstance(record, dict):
         raise ValueError(f"it is not a JSON object: {record!r:.40}")
-    messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
-    answers = [record[name] for name in ("completion", "chosen", "rejected") if name in record]
-    conversations = [[*messages, {"role": "assistant", "content": answer}] for answer in answers]
-    if not answers:
-        conversations = [list(messages)]
+    if not record.keys() & {"messages", "prompt", *ANSWERS}:
+        raise ValueError('it has no "messages" and no "prompt"')
+    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    question = record.get("messages") or record.get("prompt") or []
+    if isinstance(question, str):
+        text = f"{question}\n\n{record['input']}" if record.get("input") else question
+        question = [{"role": "user", "content": text}]
+    conversations = []
+    for answer in [record[name] for name in ANSWERS if name in record] or [[]]:
+        if not isinstance(answer, list):
+            answer = [{"role": "assistant", "content": answer}]
+        repeats_question = answer and answer[0]["role"] != "assistant"
+        conversations.append([*system, *([] if repeats_question else question), *answer])
     for conversation in conversations:
-        check_messages(conversation)
+        check_conversation(conversation)
         while conversation[-1]["role"] != "assistant":  # nothing is learned from an unanswered turn
             conversation.pop()
     last = [conversation[-1]["content"].strip() for conversation in conversations]
@@ -85,25 +108,40 @@ def conversations_of(record):
     return conversations
 
 
+def passed_over(record):
+    """The names of what a line has and nothing here reads."""
+    names = {name for name, value in record.items() if value}
+    beside = names & {"prompt", "input"} if "messages" in names else set()
+    for name in ("messages", "prompt", *ANSWERS):
+        if isinstance(record.get(name), list):
+            names.update(*record[name])
+    return names - UNDERSTOOD | beside
+
+
 def read_examples(path, pairs=False):
     """The Examples of a .jsonl file, with two answers if pairs. Unusable lines are skipped and reported.
 
     ValueError: not one line is usable.
     """
-    examples, faults = [], []
+    examples, faults, unread = [], [], Counter()
     wanted = '"messages", or "prompt" and "completion" (--method dpo reads "chosen" and "rejected")'
     if pairs:
         wanted = '"prompt", "chosen" and "rejected"'
-    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
+    lines = text.split("\n")
+    if text.lstrip().startswith("["):  # one JSON array instead of lines
+        with suppress(RecursionError, ValueError):
+            lines = [json.dumps(record) for record in json.loads(text)]
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = read_record(line)
             conversations = conversations_of(record)
             if len(conversations) != (2 if pairs else 1):
                 raise ValueError(f"it needs {wanted}")
             examples.append(Example(conversations, str(record.get("channel", "all"))))
+            unread.update(passed_over(record))
         except json.JSONDecodeError as error:
             faults.append(f"{path}, line {number}: not JSON, {error}")
         except KeyError as error:
@@ -113,6 +151,9 @@ def read_examples(path, pairs=False):
     if faults:
         print("\n".join(faults[:10]))
         print(f"{len(faults):,} lines of {path} cannot be used, of {len(faults) + len(examples):,}")
+    if unread:
+        names = ", ".join(f"{name} ({n:,} lines)" for name, n in sorted(unread.items()))
+        print(f"passed over in {path}: {names}")
     if not examples:
         raise ValueError(f"there is no example in {path}: a line needs {wanted}")
     return examples

@@ -399,6 +399,7 @@ def main():
     add("--tokenizer", metavar="FILE", help="use this tokenizer.json instead of learning a vocabulary")
     add("--field", default="text", help="where the text is in the objects of a .jsonl file (text)")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal has every character
     if args.tokenizer and args.vocab_size:
         raise ValueError("--tokenizer brings its own vocabulary: leave out --vocab-size")
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None

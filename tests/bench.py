@@ -47,7 +47,7 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from data.loader import Blocks, find_data, load_data  # noqa: E402
 from data.prepare import DATA, prepare  # noqa: E402
-from model import PRESETS, Config, Transformer, fast_dtype, matmul_rate  # noqa: E402
+from model import PRESETS, Config, Transformer, config_from_json, fast_dtype, matmul_rate  # noqa: E402
 from sample import generate, pack  # noqa: E402
 from tokenizer import GPT4_PATTERN, SPECIAL_TOKENS, Tokenizer  # noqa: E402
 
@@ -996,6 +996,7 @@ def compare_streams(shape, folder, jobs, bandwidth, args):
     if args.peer:
         write_llama2c(folder, path)
         speeds["llama2.c"] = []
+    n_params = config_from_json(json.loads(Path(folder, "config.json").read_bytes())).num_params()
     for _ in range(args.runs):
         for label, run in jobs.items():
             start = time.perf_counter()
@@ -1003,7 +1004,6 @@ def compare_streams(shape, folder, jobs, bandwidth, args):
             speeds[label].append(args.tokens / (time.perf_counter() - start))
         if args.peer:
             speeds["llama2.c"].append(llama2c_speed(args.peer, path, args.tokens))
-    n_params = Config(32000, 1024, **SHAPES[shape]).num_params()
     print(f"\n{shape}, one stream, {args.tokens} tokens: tokens/s")
     for label, values in speeds.items():
         speed = statistics.median(values)
@@ -1032,10 +1032,11 @@ def bench_sample(args):
     torch.set_num_threads(args.threads)
     bandwidth = read_bandwidth("cpu")
     print(f"{args.threads} thread(s), which read {bandwidth / 1e9:.1f} GB/s; median of {args.runs} in turn")
-    for shape in args.shapes:
-        with tempfile.TemporaryDirectory() as folder:
-            random_model(shape).save(folder)
-            jobs = {}
+    for shape in [Path(args.model).name] if args.model else args.shapes:
+        with tempfile.TemporaryDirectory() as made:
+            folder, jobs = args.model or made, {}
+            if not args.model:
+                random_model(shape).save(folder)
             for dtype, label in ((torch.float32, ""), (torch.bfloat16, ", bfloat16")):
                 if dtype in (torch.float32, fast_dtype("cpu")):
                     jobs["transformers" + label] = their_decoder(folder, dtype)
@@ -1257,6 +1258,7 @@ def parse_arguments():
     add("--threads", type=int, default=1, help="for each (1)")
     add("--batches", type=int, nargs="+", default=[1, 8, 64], help="rows (1 8 64)")
     add("--shapes", nargs="+", default=["15 M", "110 M"], choices=SHAPES, help="models (15 M, 110 M)")
+    add("--model", metavar="DIR", help="a folder instead, such as that of tests/smollm2.py")
 
     add = offer("resume", bench_resume, "runs that are killed and resumed")
     add("--runs", type=int, default=20, help="how many (20)")

@@ -165,6 +165,83 @@ def test_unusable_lines_are_named_and_counted(tmp_path, capsys):
     assert "chosen and rejected are the same" in capsys.readouterr().out
 
 
+FROM_OTHERS = [{"from": "human", "value": "the cat"}, {"from": "gpt", "value": "sat"}]  # ShareGPT
+QUESTION, REPLY = {"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}
+OTHER = {"role": "assistant", "content": "on"}
+SYSTEM = {"role": "system", "content": "the mat"}
+LAYOUTS = {
+    "ShareGPT": ({"conversations": FROM_OTHERS}, [[QUESTION, REPLY]]),
+    "ShareGPT, system": ({"system": "the mat", "conversations": FROM_OTHERS}, [[SYSTEM, QUESTION, REPLY]]),
+    "Alpaca": ({"instruction": "the cat", "input": "", "output": "sat"}, [[QUESTION, REPLY]]),
+    "Alpaca, input": (
+        {"instruction": "the", "input": "cat", "output": "sat"},
+        [[{"role": "user", "content": "the\n\ncat"}, REPLY]],
+    ),
+    "TRL": ({"prompt": [SYSTEM, QUESTION], "completion": [REPLY]}, [[SYSTEM, QUESTION, REPLY]]),
+    "TRL, a pair": (
+        {"prompt": [QUESTION], "chosen": [REPLY], "rejected": [OTHER]},
+        [[QUESTION, REPLY], [QUESTION, OTHER]],
+    ),
+    "TRL, the prompt within": (
+        {"chosen": [QUESTION, REPLY], "rejected": [QUESTION, OTHER]},
+        [[QUESTION, REPLY], [QUESTION, OTHER]],
+    ),
+    "UltraFeedback": (
+        {"prompt": "the cat", "chosen": [QUESTION, REPLY], "rejected": [QUESTION, OTHER]},
+        [[QUESTION, REPLY], [QUESTION, OTHER]],
+    ),
+    "OpenAI": ({"messages": [QUESTION, REPLY | {"weight": 1}]}, [[QUESTION, REPLY | {"weight": 1}]]),
+    "a system message beside": ({"system": "the mat", "prompt": "the cat", "completion": "sat"},
+                                [[SYSTEM, QUESTION, REPLY]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("as_array", [False, True])
+def test_the_usual_layouts_of_lines_are_read(layout, as_array, tmp_path, capsys):
+    record, expected = LAYOUTS[layout]
+    path = tmp_path / "lines.jsonl"
+    path.write_text(json.dumps([record, record], indent=1) if as_array else json.dumps(record) + "\n")
+    found = read_examples(path, pairs=len(expected) == 2)
+    assert [e.conversations for e in found] == [expected] * (1 + as_array)
+    assert capsys.readouterr().out == ""
+
+
+def test_what_is_passed_over_in_a_file_is_named_once_with_the_number_of_lines(tmp_path, capsys):
+    records = [
+        {
+            "messages": [QUESTION, REPLY | {"reasoning_content": "..."}],
+            "tools": [{"name": "x"}],
+            "prompt": "the",
+        },
+        {"messages": [QUESTION, REPLY | {"tool_calls": [1]}], "tools": [], "id": 5, "tags": ["a", 1]},
+        {"messages": [QUESTION, REPLY], "tools": [{"name": "x"}], "input": "the cat"},
+    ]
+    assert len(read_examples(write_lines(tmp_path / "lines.jsonl", records))) == 3
+    named = "id (1 lines), input (1 lines), prompt (1 lines), reasoning_content (1 lines), tags (1 lines), "
+    named += "tool_calls (1 lines), tools (2 lines)"
+    assert capsys.readouterr().out == f"passed over in {tmp_path / 'lines.jsonl'}: {named}\n"
+
+
+def test_an_answer_of_weight_0_is_context_and_not_learned(tokenizer, tmp_path, capsys):
+    def learned(*weights):
+        replies = [reply | {"weight": weight} for reply, weight in zip((REPLY, OTHER), weights)]
+        path = write_lines(tmp_path / "w.jsonl", [{"messages": [QUESTION, replies[0], QUESTION, replies[1]]}])
+        _, targets, _ = Examples(read_examples(path), tokenizer, 128, 1).batch(0)
+        return tokenizer.decode([i for i in targets[0].tolist() if i != IGNORED])
+
+    assert learned(1, 1) == f"sat{END}on{END}"
+    assert learned(0, 1) == f"on{END}"
+    assert learned(1, 0) == f"sat{END}"
+    for weights, why in (
+        ((0, 0), "no turn of the assistant to learn"),
+        ((1, 0.5), "message 4 is not 0 or 1: 0.5"),
+    ):
+        with pytest.raises(ValueError, match="no example"):
+            learned(*weights)
+        assert why in capsys.readouterr().out
+
+
 def test_of_a_pair_only_the_last_answer_counts_and_equal_ones_are_left_out(tokenizer):
     history, (question,) = DIALOGUE[1:3], [{"role": "user", "content": "sat on"}]
     both = [[*history, question, {"role": "assistant", "content": text}] for text in ("the mat", "the dog")]
@@ -729,22 +806,53 @@ def test_a_qwen_like_folder_in_bfloat16_can_be_tuned_both_ways(tokenizer, base, 
     """Also where it lacks the tokens of a chat, and its own text is unknown or of another tokenizer."""
     shape = dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_hidden=64, head_dim=32, tie_embeddings=False)
     plain = Tokenizer.train([WORDS * 3], vocab_size=300, special_tokens=("<|endoftext|>",))
-    Transformer(Config(304, 64, qk_norm=True, **shape)).to(torch.bfloat16).save(tmp_path / "qwen", plain)
+    qwen = Transformer(Config(304, 64, qk_norm=True, **shape)).to(torch.bfloat16)
+    qwen.save(tmp_path / "base", plain)
+    qwen.save(tmp_path / "with chat tokens", with_chat_tokens(plain))
+    lora, other = ("--lora-rank", 4), ("--data", "test-finetune")
     cases = [
-        ((), True, torch.float32, "no text of the base model (--data)"),
-        (("--lora-rank", 4, "--data", "test-finetune"), True, torch.bfloat16, "with another tokenizer"),
-        (("--lora-rank", 4), False, torch.float32, "no text of the base model (--data)"),
+        ("base", (), True, torch.float32, "no text of the base model (--data)"),
+        ("with chat tokens", (*lora, *other), True, torch.bfloat16, "with another tokenizer"),
+        ("with chat tokens", lora, False, torch.float32, "no text of the base model (--data)"),
     ]
-    for options, has_units, dtype, replay in cases:
+    for folder, options, has_units, dtype, replay in cases:
         monkeypatch.setattr(stage, "is_fast", lambda dtype, device, fast=has_units: fast)
-        printed = run_here("--model", tmp_path / "qwen", "--examples", chat, "--steps", 3, *SHORT, *options,
+        printed = run_here("--model", tmp_path / folder, "--examples", chat, "--steps", 3, *SHORT, *options,
                            "--out", tmp_path / "out")  # fmt: skip
-        assert "no tokens for the layout of a chat: they are added" in printed
+        assert ("no tokens for the layout of a chat: they are added" in printed) == (folder == "base")
         assert replay in printed
         assert json.loads((tmp_path / "out/results.json").read_text())["bpb"]["after"] is None
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-        assert type(theirs).__name__ == "Qwen3ForCausalLM" and theirs.config.vocab_size == 320
+        assert type(theirs).__name__ == "Qwen3ForCausalLM"
+        assert theirs.config.vocab_size == (320 if folder == "base" else 304)
         assert Transformer.load(tmp_path / "out").model.norm.weight.dtype == dtype
+    with pytest.raises(ValueError, match="--lora-rank learns no embedding, and .*base has none for a chat"):
+        run_here("--model", tmp_path / "base", "--examples", chat, *lora, "--out", tmp_path / "out")
+
+
+def test_a_folder_whose_tokenizer_has_more_ids_than_the_model_has_rows_grows(tokenizer, chat, tmp_path):
+    """As where somebody has added a token to a file. What is written is what transformers opens."""
+    shape = dict(block_size=64, n_layer=1, n_head=2, n_kv_head=1, n_embd=32, n_hidden=64)
+    plain = Tokenizer.train([WORDS * 3], vocab_size=300, special_tokens=("<|endoftext|>",))
+    for known, n_missing in ((plain, 1), (tokenizer, 2)):
+        folder = tmp_path / str(n_missing)
+        Transformer(Config(known.vocab_size - n_missing, **shape)).save(folder)
+        known.save_pretrained(folder)
+        run_here("--model", folder, "--examples", chat, "--steps", 2, *SHORT, "--out", tmp_path / "out")
+        tuned, its_tokenizer = load(tmp_path / "out")
+        assert tuned.config.vocab_size == 320 >= its_tokenizer.vocab_size
+        ids = torch.tensor([render(its_tokenizer, DIALOGUE)[0]])
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        torch.testing.assert_close(
+            theirs(ids).logits, Transformer.load(tmp_path / "out")(ids), atol=1e-4, rtol=0
+        )
+
+
+def test_a_saved_folder_makes_batches_in_transformers(tokenizer, base):
+    theirs = transformers.AutoTokenizer.from_pretrained(base)
+    texts = ["the cat", "the cat sat on the mat"]
+    batch = theirs(texts, padding=True)
+    assert [sum(row) for row in batch.attention_mask] == [len(tokenizer.encode(text)) for text in texts]
 
 
 def test_a_dry_run_shows_what_is_learned(base, chat, tmp_path):

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as stage
 from model import PRESETS, Config, KVCache, Transformer, load_safetensors, rope, save_safetensors
 from sample import generate, make_cache
+from tokenizer import Tokenizer
 from train import NextTokenLoss, bits_per_byte, make_optimizers, training_step
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -198,14 +199,15 @@ def test_sharded_files_of_half_precision_are_opened(tmp_path, dtype):
     [
         ("model_type", "mixtral"), ("model_type", None),
         ("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True),
-        ("num_local_experts", 8), ("sliding_window", 4096), ("attention_multiplier", 0.5),
+        ("is_causal", False), ("is_encoder_decoder", True), ("layer_types", ["sliding_attention"]),
+        ("per_layer_config", {"1": {"head_dim": 8}}), ("rope_interleaved", True),
         ("quantization_config", {"bits": 4}), ("rope_type", "yarn"), ("partial_rotary_factor", 0.5),
         ("hidden_size", None), ("num_hidden_layers", "two"), ("num_key_value_heads", 3), ("factor", None),
     ],
 )  # fmt: skip
 def test_a_config_of_another_arithmetic_is_refused_by_the_name_of_the_field(tmp_path, field, value):
     peer("Llama 3.1").save_pretrained(tmp_path)
-    settings = json.loads((tmp_path / "config.json").read_text()) | {"use_sliding_window": True}
+    settings = json.loads((tmp_path / "config.json").read_text())
     inside = settings["rope_parameters"] if field in settings["rope_parameters"] else settings
     inside[field] = value
     (tmp_path / "config.json").write_text(json.dumps(settings))
@@ -217,17 +219,105 @@ def test_a_config_of_another_arithmetic_is_refused_by_the_name_of_the_field(tmp_
 def test_a_sliding_window_is_refused_only_where_it_is_active(tmp_path):
     for name, said, active in (
         ("Mistral", {"sliding_window": 16}, True),
+        ("Mistral", {"sliding_window": "absent"}, True),
+        ("Mistral", {"sliding_window": None}, False),
         ("Qwen2", {"sliding_window": 16, "use_sliding_window": True}, True),
         ("Qwen2", {"sliding_window": 16, "use_sliding_window": False, "max_window_layers": 2}, False),
     ):
         peer(name).save_pretrained(tmp_path)
         path = tmp_path / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | said))
+        config = json.loads(path.read_text()) | said
+        if config["sliding_window"] == "absent":
+            del config["sliding_window"]  # which stands for 4096
+        path.write_text(json.dumps(config))
         if active:
-            with pytest.raises(ValueError, match="sliding_window 16 is not supported"):
+            with pytest.raises(ValueError, match="sliding_window (16|4096) is not supported"):
                 Transformer.load(tmp_path)
         else:
             Transformer.load(tmp_path)
+
+
+HONOURED = {*stage.JSON_NAMES.values(), *stage.SUPPORTED, "rope_parameters", "use_sliding_window", "dtype"}
+CONFIGS = [
+    transformers.LlamaConfig,
+    transformers.MistralConfig,
+    transformers.Qwen2Config,
+    transformers.Qwen3Config,
+]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_field_of_the_config_classes_is_known(kind, recwarn):
+    """Honoured or refused (JSON_NAMES, SUPPORTED) or without an effect on logits (HARMLESS)."""
+    fields = kind(**SHAPE | {"sliding_window": None}).to_dict()
+    assert stage.config_from_json(json.loads(json.dumps(fields))).n_layer == 2
+    assert not recwarn.list
+    assert fields.keys() <= HONOURED | set(stage.HARMLESS)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_field_without_a_value_has_the_default_of_transformers(kind):
+    settings = kind(
+        **SHAPE | {"sliding_window": None, "max_position_embeddings": 99, "rms_norm_eps": 1e-5}
+    ).to_dict()
+    for name in ("head_dim", "tie_word_embeddings", "rope_parameters", "layer_types", "use_sliding_window"):
+        settings.pop(name, None)
+    theirs, ours = kind.from_dict(settings), stage.config_from_json(settings)
+    assert ours.head_dim == (
+        getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    )
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+def test_a_field_that_is_not_known_is_named_in_a_warning(tmp_path):
+    peer("Llama").save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text()) | {
+        "num_local_experts": 8,
+        "attention_multiplier": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.warns(UserWarning, match="not known here: attention_multiplier, num_local_experts"):
+        Transformer.load(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [("model.embed_tokens.weight", "lm_head.weight"), ("lm_head.weight",)])
+def test_a_head_beside_a_tied_embedding_counts_as_in_transformers(tmp_path, kept):
+    peer("Llama, tied").save_pretrained(tmp_path)
+    weights = read_weights(tmp_path)
+    weights["lm_head.weight"] = torch.randn(320, 64) * 0.15
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} - set(kept):
+        del weights[name]
+    save_safetensors(tmp_path / "model.safetensors", weights)
+    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), Transformer.load(tmp_path)
+    ids = ids_of(ours, 1, 30)
+    same(ours(ids), theirs(ids).logits, 1e-4)
+    assert ours.config.tie_embeddings == (len(kept) == 1)
+    ours.save(tmp_path / "again")
+    assert torch.equal(Transformer.load(tmp_path / "again")(ids), ours(ids))
+
+
+def test_a_file_of_several_dtypes_is_opened_in_the_widest(tmp_path):
+    peer("Llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    weights = read_weights(tmp_path)
+    weights["model.norm.weight"] = weights["model.norm.weight"].float()
+    save_safetensors(tmp_path / "model.safetensors", weights)
+    ours = Transformer.load(tmp_path)
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = ids_of(ours, 1, 30)
+    same(ours(ids), theirs(ids).logits, 1e-4)
+
+
+def test_a_folder_that_could_not_be_opened_is_not_written(tmp_path, model, tokenizer):
+    weights = dict(model.state_dict())
+    weights["model.embed_tokens.weight"] = torch.zeros(319, 32)
+    with pytest.raises(RuntimeError, match="embed_tokens.weight"):
+        model.save(tmp_path / "a", weights=weights)
+    more = Tokenizer.train(["the cat"], vocab_size=321, special_tokens=[f"<{i}>" for i in range(65)])
+    with pytest.raises(ValueError, match="320 rows are too few for 321 tokens"):
+        model.save(tmp_path / "a", more)
+    assert not (tmp_path / "a").exists()
 
 
 def test_what_some_files_carry_along_is_passed_over(tmp_path):
@@ -905,7 +995,7 @@ def test_an_evaluation_creates_only_what_it_reads_and_its_sums_on_the_host(on_de
 
 @pytest.mark.parametrize(
     "sampling",
-    [dict(temperature=0), dict(top_k=9, top_p=0.5, vocab_size=300)],
+    [dict(temperature=0), dict(top_k=9, top_p=0.5, unused_ids=[300, 301])],
 )
 def test_generate_creates_tensors_on_the_models_device_alone(on_device, sampling):
     mode, model = on_device

@@ -4,6 +4,7 @@ whole characters, stop strings that are never shown, chats that read only what i
 
 import io
 import json
+import math
 import os
 import runpy
 import signal
@@ -207,8 +208,47 @@ def test_a_row_that_has_ended_yields_none_while_others_go_on(model):
 def test_ids_beyond_the_vocabulary_are_never_drawn(model):
     with torch.no_grad():
         model.model.embed_tokens.weight[300:] *= 1000
-    ids = continuation(model, [1], max_new_tokens=30, vocab_size=300, top_p=1.0)
+    ids = continuation(model, [1], max_new_tokens=30, unused_ids=range(300, 320), top_p=1.0)
     assert len(ids) == 30 and max(ids) < 300
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_scores_that_are_not_numbers_end_the_text_with_an_error(model, temperature):
+    model.model.norm.weight.data[3] = math.nan
+    with pytest.raises(ValueError, match="the weights are damaged, or too large for torch.float32"):
+        continuation(model, [1], temperature=temperature)
+
+
+def test_an_id_without_a_row_is_refused(model):
+    with pytest.raises(ValueError, match="id 320 has no row in a model of 320"):
+        continuation(model, [1, 320])
+
+
+def test_a_tokenizer_that_is_larger_than_its_model_is_named(folder, tokenizer, capsys):
+    document = json.loads(json.dumps(tokenizer.document))
+    document["added_tokens"].append(
+        dict(document["added_tokens"][0], id=400, content="<|more|>", special=True)
+    )
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    model, larger = sample.load(folder)
+    assert "401 tokens, its model 320: the last ones cannot be read" in capsys.readouterr().err
+    assert sample.find_unused_ids(model, larger) == sample.find_unused_ids(model, tokenizer)
+
+
+def test_ids_between_others_that_stand_for_no_token_are_never_drawn(folder, model, tokenizer):
+    """Such as between the ordinary tokens and special ones with ids of their own."""
+    document = json.loads(json.dumps(tokenizer.document))
+    for token in document["added_tokens"]:
+        document["model"]["vocab"][token["content"]] = token["id"] = token["id"] + 10
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    gap = set(range(320)) - Tokenizer.load(folder / "tokenizer.json").tokens.keys()
+    assert min(gap) < 303 and len(gap) > 10
+    with torch.no_grad():
+        model.model.embed_tokens.weight[sorted(gap)] *= 3  # scores far from 0
+    model.save(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    out, _ = run("--model", folder, "-n", 8, "--temperature", 2, "--top-p", 1, "--max-new-tokens", 40)
+    assert out.count("---") == 7
 
 
 @pytest.mark.parametrize("temperature", [0, 1e-30, 1e30])
@@ -462,7 +502,8 @@ def long_model(model):
 def test_a_conversation_reads_only_what_is_new(long_model, tokenizer):
     reads, hidden = [], long_model.hidden
     long_model.hidden = lambda ids, cache=None: reads.append(ids.numel()) or hidden(ids, cache)
-    chat, settings = Chat(long_model, tokenizer), dict(max_new_tokens=10, vocab_size=tokenizer.vocab_size)
+    chat, settings = Chat(long_model, tokenizer), dict(max_new_tokens=10)
+    settings["unused_ids"] = sample.find_unused_ids(long_model, tokenizer)
     for text in ("the cat sat", "on the mat", "and"):
         question = len(render(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)[0])
         before = len(chat.read)
@@ -480,13 +521,16 @@ def test_a_conversation_reads_only_what_is_new(long_model, tokenizer):
 def test_the_oldest_turns_are_forgotten_aloud(long_model, tokenizer, capsys):
     chat = Chat(long_model, tokenizer)
     for _ in range(6):
-        assert len(list(chat.answer("the cat sat on the mat", max_new_tokens=30, vocab_size=256))) > 5
+        assert (
+            len(list(chat.answer("the cat sat on the mat", max_new_tokens=30, unused_ids=range(256, 320))))
+            > 5
+        )
     assert "forgotten" in capsys.readouterr().err
     assert len(chat.turns) % 2 == 0 and 2 <= len(chat.turns) < 12
-    assert list(chat.answer("日本語" * 200, max_new_tokens=30, vocab_size=256))
+    assert list(chat.answer("日本語" * 200, max_new_tokens=30, unused_ids=range(256, 320)))
     messages = capsys.readouterr().err
     assert "only its last 150 tokens" in messages and "is full" not in messages
-    assert len(list(chat.answer("日本語" * 200, max_new_tokens=100, vocab_size=256))) == 51 + 1
+    assert len(list(chat.answer("日本語" * 200, max_new_tokens=100, unused_ids=range(256, 320)))) == 51 + 1
     assert "the context is full" in capsys.readouterr().err
 
 
@@ -494,7 +538,10 @@ def test_an_answer_cut_short_in_the_middle_of_a_step_leaves_no_trace_in_the_cach
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    chat, settings = Chat(long_model, tokenizer), dict(max_new_tokens=20, temperature=0, vocab_size=256)
+    chat, settings = (
+        Chat(long_model, tokenizer),
+        dict(max_new_tokens=20, temperature=0, unused_ids=range(256, 320)),
+    )
     pieces = chat.answer("the cat", **settings)
     for _ in range(4):
         next(pieces)
@@ -509,13 +556,13 @@ def test_an_answer_cut_short_in_the_middle_of_a_step_leaves_no_trace_in_the_cach
 
 def test_an_answer_that_is_cut_short_stays_in_the_conversation(long_model, tokenizer):
     chat = Chat(long_model, tokenizer)
-    pieces = chat.answer("the cat", max_new_tokens=30, vocab_size=256)
+    pieces = chat.answer("the cat", max_new_tokens=30, unused_ids=range(256, 320))
     for _ in range(4):
         next(pieces)
     pieces.close()  # as Ctrl-C does
     end = [tokenizer.special_tokens["<|im_end|>"], *tokenizer.encode("\n")]
     assert len(chat.turns) == 2 and chat.turns[-1][-2:] == end
-    assert list(chat.answer("sat", max_new_tokens=5, vocab_size=256))
+    assert list(chat.answer("sat", max_new_tokens=5, unused_ids=range(256, 320)))
 
 
 def test_chat_answers_line_by_line_and_a_base_model_says_what_it_is(folder, tokenizer, model):
@@ -577,7 +624,7 @@ def test_a_file_of_prompts_is_answered_in_its_order(folder, prompts, tmp_path, m
             ids = render(tokenizer, record["messages"], add_generation_prompt=True)[0]
         ends = sample.end_ids(folder, tokenizer)
         settings = dict(max_new_tokens=8, temperature=0)
-        settings.update(vocab_size=tokenizer.vocab_size, stop_ids=ends)
+        settings.update(stop_ids=ends, unused_ids=sample.find_unused_ids(model, tokenizer))
         alone = continuation(model, ids, **settings)
         assert answer["completion"] == "".join(text_of(alone, tokenizer))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "model", "prompts.jsonl"]
