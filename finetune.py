@@ -513,9 +513,11 @@ def show_plan(settings, material, model):
     show("model", f"{os.path.relpath(settings.base)}: {n_learning:,} of {n:,} parameters learn")
     show("device", f"{settings.device} with {torch.get_num_threads()} threads; {settings.dtype} products")
     if settings.method == "sft":
-        of = material.data.name if material.data else "nothing: no text of the base model (--data)"
-        share = settings.n_replay / settings.batch_size
-        show("replay", f"{share:.0%} of each batch from {of}, against forgetting")
+        replay = "none, so it may forget: no text of the base model (--data)"
+        if material.data:
+            share = settings.n_replay / settings.batch_size
+            replay = f"{share:.0%} of each batch from {material.data.name}, against forgetting"
+        show("replay", replay)
     show("rate", f"AdamW {settings.lr:g}: up, constant, the last 60 % down to zero")
 
 

@@ -292,7 +292,6 @@ def read_ranks(model, ids, spell):
 
 # --- the tokenizer ---
 
-SETTINGS_FILES = ("tokenizer_config.json", "chat_template.jinja")
 SETTINGS = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
 
 
@@ -301,13 +300,16 @@ class Tokenizer:
 
     tokens {id: bytes}; special_tokens {text: id}; vocab_size; bytes_per_token[id] (special tokens: 0);
     missing_bytes: those without a token, which are left out of a text. Text never becomes a special token;
-    other added tokens are found in it. A post_processor is ignored here. settings: the SETTINGS.
+    other added tokens are found in it. A post_processor is ignored here. settings: those named in SETTINGS.
     """
 
     def __init__(self, document, settings=None):
         refuse_unsupported(document)
         model, added = document["model"], document["added_tokens"]
-        self.document, self.settings = document, settings or {}
+        self.document = document
+        self.settings = {
+            name: value for name, value in (settings or {}).items() if name in SETTINGS and value
+        }
         self.special_tokens = {token["content"]: token["id"] for token in added if token["special"]}
         literals = {token["content"]: token["id"] for token in added if not token["special"]}
 
@@ -454,11 +456,10 @@ class Tokenizer:
     def load(cls, path):
         """Read a byte-level BPE tokenizer.json. ValueError: the file is damaged or of another kind."""
         try:
-            config, template = (Path(path).with_name(name) for name in SETTINGS_FILES)
+            config, template = map(Path(path).with_name, ("tokenizer_config.json", "chat_template.jinja"))
             settings = {}
             if config.exists():  # a token is a text or {"content": text, ...}
-                found = json.loads(config.read_bytes(), object_hook=lambda part: part.get("content", part))
-                settings = {name: found[name] for name in SETTINGS if found.get(name)}
+                settings = json.loads(config.read_bytes(), object_hook=lambda part: part.get("content", part))
             if template.exists():
                 settings["chat_template"] = template.read_text(encoding="utf-8")
             return cls(json.loads(Path(path).read_bytes()), settings)

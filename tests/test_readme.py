@@ -122,6 +122,8 @@ SMALLER = {  # what stands for something else or takes long -> what is run inste
     "--data tinystories --preset small --minutes 60": "--data mine --steps 2 --out out/small",
     "--max-new-tokens 1000": "--max-new-tokens 8",
     "out/pystdlib --lora-rank 8": "out/mine --lora-rank 8 --examples chat.jsonl --steps 2",
+    "out/SmolLM2": "out/mine-chat",
+    "--out out/tuned": "--steps 2 --out out/tuned",
     "out/pystdlib-chat --examples pairs.jsonl": "out/mine-chat --examples pairs.jsonl --steps 2",
 }
 ELSEWHERE = {  # needs a server, several processes or one to kill -> the test that has them

@@ -1,6 +1,6 @@
 """A real model through all stages: SmolLM2-135M-Instruct, against transformers and peft.
 
-The variable SMOLLM2 names its folder, which `python tests/smollm2.py FOLDER` makes; without it, nothing runs.
+The variable SMOLLM2 names its folder, which `python tests/smollm2.py` makes and prints; without it, nothing runs.
 """
 
 import json
