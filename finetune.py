@@ -18,6 +18,7 @@ import json
 import math
 import os
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -317,9 +318,10 @@ def report(material, before, after, out):
 def newest_base():
     """The folder under out/ whose model was saved last, of those that do not chat."""
     for path in sorted(OUT.glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True):
-        tokenizer = Tokenizer.load(path.parent / "tokenizer.json")
-        if tokenizer.special_tokens.get("<|im_end|>") not in end_ids(path.parent, tokenizer):
-            return path.parent
+        with suppress(ValueError, OSError):  # a folder of another program that cannot be opened
+            tokenizer = Tokenizer.load(path.parent / "tokenizer.json")
+            if tokenizer.special_tokens.get("<|im_end|>") not in end_ids(path.parent, tokenizer):
+                return path.parent
     raise ValueError("there is no base model under out/ yet: run `python train.py`, or name one with --model")
 
 
@@ -354,11 +356,14 @@ def open_base(base, device, lora_rank):
         print(f"{dtype} is slow on this device: the frozen weights are converted to float32")
         model.float()
     known = Tokenizer.load(Path(base, "tokenizer.json"))
-    n_known, n = min(known.vocab_size, model.config.vocab_size), with_chat_tokens(known).vocab_size
+    n_known = min(known.vocab_size, model.config.vocab_size)
+    n = with_chat_tokens(known).vocab_size
     if n > n_known:
         if lora_rank:
-            raise ValueError(f"--lora-rank learns no embedding, and {base} has none for a chat: leave it out")
+            lacks = f"{base} lacks embeddings for the tokens of a chat, and LoRA cannot learn them"
+            raise ValueError(f"{lacks}: leave out --lora-rank")
         add_rows(model, n_known, n)
+    end_ids(base, known)  # refuses a damaged file now and not after the training
     return model.train()
 
 
@@ -513,7 +518,7 @@ def show_plan(settings, material, model):
     show("model", f"{os.path.relpath(settings.base)}: {n_learning:,} of {n:,} parameters learn")
     show("device", f"{settings.device} with {torch.get_num_threads()} threads; {settings.dtype} products")
     if settings.method == "sft":
-        replay = "none, so it may forget: no text of the base model (--data)"
+        replay = "none: the text of the base model is not known (--data), so it may forget"
         if material.data:
             share = settings.n_replay / settings.batch_size
             replay = f"{share:.0%} of each batch from {material.data.name}, against forgetting"

@@ -121,6 +121,9 @@ class Config:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} {value!r} must be a positive whole number")
+        for name in ("rope_theta", "norm_eps"):
+            if not isinstance(getattr(self, name), int | float):
+                raise ValueError(f"{name} {getattr(self, name)!r} must be a number")
         if not self.head_dim:
             if self.n_embd % self.n_head:
                 raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
@@ -407,7 +410,7 @@ class Transformer(nn.Module):
         """Write a model folder that `load` and transformers open.
 
         weights: others instead of the model's own; end_ids: ids that end a text (that of <|endoftext|>).
-        RuntimeError, ValueError: nobody could open it.
+        RuntimeError: the weights do not fit the config. ValueError: the tokenizer has more ids than rows.
         """
         weights = weights or self.state_dict()
         assemble(self.config, weights)
@@ -418,6 +421,9 @@ class Transformer(nn.Module):
         generation = {}
         if end_ids:
             generation = {"bos_token_id": end_ids[0], "pad_token_id": end_ids[0], "eos_token_id": end_ids}
+        for name in ("bos_token", "pad_token") if tokenizer else ():
+            if tokenizer.config.get(name) in tokenizer.special_tokens:
+                generation[f"{name}_id"] = tokenizer.special_tokens[tokenizer.config[name]]
         settings = config_to_json(self.config, weights["model.norm.weight"].dtype)
         settings.update(generation)
         with replace_files(folder) as unfinished:
@@ -448,7 +454,8 @@ class Transformer(nn.Module):
                 head = weights.pop("lm_head.weight")
                 embedding = weights.setdefault("model.embed_tokens.weight", head)
                 if not torch.equal(head, embedding):  # as in transformers 5, the file decides
-                    config.tie_embeddings, weights["lm_head.weight"] = False, head
+                    config.tie_embeddings = False
+                    weights["lm_head.weight"] = head
             model = assemble(config, weights)
         except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} cannot be opened: {' '.join(str(error).split())}") from None
@@ -527,25 +534,24 @@ SUPPORTED = {
     "hidden_act": ("silu",),
     "rope_type": ("default", "llama3"),
     "rope_interleaved": (False,),
+    "use_mrope": (False,),
     "partial_rotary_factor": (1,),
     "sliding_window": (None,),
     "layer_types": (None,),
     "per_layer_config": (None,),
     "is_causal": (True,),
-    "is_encoder_decoder": (False,),
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "quantization_config": (None,),
 }
-# Fields that change no logit. A field in none of these tables is warned of.
-HARMLESS = (
-    "_model_name_or_path", "_name_or_path", "architectures", "attention_dropout", "bos_token_id",
-    "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range", "is_llama_config",
-    "label2id", "max_window_layers", "output_attentions", "output_hidden_states", "pad_token_id",
-    "pretraining_tp", "problem_type", "return_dict", "rope_parameters", "torch_dtype",
-    "transformers.js_config", "transformers_version", "type", "unk_token_id", "use_cache",
-    "use_sliding_window",
-)  # fmt: skip
+# Fields that change no logit here, or that config_from_json looks at. Any other is named in a warning.
+HARMLESS = """
+    _model_name_or_path _name_or_path architectures attention_dropout bos_token_id chunk_size_feed_forward
+    dtype eos_token_id id2label initializer_range is_encoder_decoder is_llama_config label2id
+    max_window_layers output_attentions output_hidden_states pad_token_id pretraining_tp problem_type
+    return_dict rope_parameters torch_dtype transformers.js_config transformers_version type unk_token_id
+    use_cache use_sliding_window
+""".split()  # noqa: SIM905
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -577,12 +583,12 @@ def config_from_json(settings):
         "rope_type": rope_settings.get("type", "default"),
         "rope_theta": 10000.0,
         "rope_scaling": None,
-        "use_sliding_window": kind == "mistral",
     }
     for name, value in (settings | rope_settings).items():
         if value is not None:
             found[name] = value
-    found["sliding_window"] = settings.get("sliding_window", 4096) if found["use_sliding_window"] else None
+    has_window = kind == "mistral" or settings.get("use_sliding_window")
+    found["sliding_window"] = settings.get("sliding_window", 4096) if has_window else None
     if set(found.get("layer_types", ())) == {"full_attention"}:
         del found["layer_types"]
     known = (*JSON_NAMES.values(), *SUPPORTED, *LLAMA3_SCALING, *HARMLESS)

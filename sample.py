@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from model import KVCache, Transformer, choose_device, fast_dtype, is_fast, is_out_of_memory
-from tokenizer import Tokenizer, check_messages, render, render_turns, steps_of
+from tokenizer import Tokenizer, check_messages, render, steps_of
 
 OUT = Path(__file__).resolve().parent / "out"
 
@@ -156,8 +156,9 @@ def generate(
         raise ValueError("generate needs a prompt, of at least one token")
     if cache is not None and len(cache.lengths) != len(prompts):
         raise ValueError(f"a cache of {len(cache.lengths)} rows does not go with {len(prompts)} prompts")
-    if max(map(max, prompts)) >= model.config.vocab_size:  # a GPU would fail without a reason
-        raise ValueError(f"id {max(map(max, prompts))} has no row in a model of {model.config.vocab_size}")
+    largest = max(map(max, prompts))
+    if largest >= model.config.vocab_size:  # a GPU would fail without a reason
+        raise ValueError(f"id {largest} has no row in a model of {model.config.vocab_size}")
     device, context = model.model.norm.weight.device, model.config.block_size
     generator = torch.Generator(device).manual_seed(seed)
     rows = [list(prompt[-context:]) for prompt in prompts]
@@ -167,13 +168,15 @@ def generate(
         cache = make_cache(model, len(rows), min(context, longest + max_new_tokens))
     logits = prefill(model, cache, rows)
     step = compile_step(cache) if compiled else one_token
-    ended, unused = [False] * len(rows), torch.tensor(unused_ids, device=device, dtype=torch.long)
+    ended = [False] * len(rows)
+    unused = torch.tensor(unused_ids, device=device, dtype=torch.long)
     for n_made in range(1, max_new_tokens + 1):
         logits[:, unused] = -math.inf
         new = next_tokens(logits, sampling, generator)  # (B,)
-        ids = torch.where(logits.amax(-1).isfinite(), new, -1).tolist()
+        is_sound = logits.amax(-1).isfinite()  # NaN and +inf come through amax
+        ids = torch.where(is_sound, new, -1).tolist()  # one copy to the host, not two
         if -1 in ids:
-            raise ValueError(f"scores of NaN: the weights are damaged, or too large for {logits.dtype}")
+            raise ValueError(f"scores are not finite: damaged weights, or too large for {logits.dtype}")
         ended = [end or i in stop_ids for end, i in zip(ended, ids)]
         if all(ended):
             return
@@ -310,7 +313,7 @@ def to_prompt(tokenizer, text):
     for step in steps_of(tokenizer.document.get("post_processor"), "processors"):
         for part in step.get("single", [])[:1]:
             if "SpecialToken" in part:  # <|begin_of_text|> of Llama 3
-                ids.insert(0, tokenizer.special_tokens[part["SpecialToken"]["id"]])
+                ids = step["special_tokens"][part["SpecialToken"]["id"]]["ids"] + ids
     return ids or [tokenizer.special_tokens.get("<|endoftext|>", 0)]
 
 
@@ -354,9 +357,9 @@ class Chat:
 
     def answer(self, text, stops=(), **settings):
         """Yield the answer to a text in pieces. Where the context is too short, say what is forgotten."""
-        room = self.cache.max_len * 3 // 4 - len(self.opening)  # the rest is for the answer
-        said = [{"role": "user", "content": text}]
-        question, _ = render_turns(self.tokenizer, said, add_generation_prompt=True)
+        room = max(1, self.cache.max_len * 3 // 4 - len(self.opening))  # the rest is for the answer
+        message = {"role": "user", "content": text}
+        question, _ = render(self.tokenizer, [message], add_generation_prompt=True, opening=False)
         turns, n_forgotten = [*self.turns, question], 0
         while n_forgotten < len(turns) - 1 and sum(map(len, turns[n_forgotten:])) > room:
             n_forgotten += 2  # a question and its answer
@@ -443,8 +446,8 @@ def read_prompts(path):
             if not isinstance(record, dict) or ("prompt" in record) == bool(record.get("messages")):
                 raise ValueError('a line needs {"prompt": a text} or {"messages": a list}')
             check_messages(record.get("messages") or [{"role": "user", "content": record["prompt"]}])
-            if taken := {"line", "completion"} & record.keys():
-                raise ValueError(f"{min(taken)!r} is a field of the answer: leave it out")
+            if taken := {"line", "completion", "system", "tools"} & record.keys():
+                raise ValueError(f"{min(taken)!r} is a field of the answer, or not read here: leave it out")
             json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair cannot be written
         except (AttributeError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: {error!s:.150}") from None
@@ -571,8 +574,12 @@ def end_ids(folder, tokenizer):
     for path in (Path(folder) / "generation_config.json", Path(folder) / "config.json"):
         try:
             ends = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else None
-            if ends is not None:
-                return set(ends) if isinstance(ends, list) else {ends}
+            if ends is None:
+                continue
+            ends = set(ends) if isinstance(ends, list) else {ends}
+            if unknown := ends - tokenizer.tokens.keys():
+                raise ValueError(f"eos_token_id {unknown} is not in the vocabulary")
+            return ends
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
     return set(tokenizer.special_tokens.values())
@@ -680,11 +687,8 @@ if __name__ == "__main__":
         sys.exit(130)
     except BrokenPipeError:  # a reader such as `head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, argparse.ArgumentError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+    except (ValueError, OSError, argparse.ArgumentError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
-        print(f"error: out of memory: {error!s:.150}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

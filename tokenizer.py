@@ -26,7 +26,8 @@ import unicodedata
 import warnings
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from functools import cache, partial
+from contextlib import suppress
+from functools import cache, cached_property, partial
 from heapq import heapify, heappop, heappush
 from pathlib import Path
 
@@ -172,8 +173,9 @@ def compile_splitter(pattern, keep_rest=True):
     except regex.error as error:
         raise ValueError(f"the split pattern {pattern} is not a regular expression: {error}") from None
     bare = re.sub(r"\\.|\[(\\.|[^\]\\])*\]|\(\?i:", "", pattern)  # without escapes, sets and (?i:...)
-    anchors = re.search(r"\^|(?<!\+\+)\$|\(\?\w+[):]", bare)  # regex, re and tiktoken differ on these
-    if exact.groups or anchors or "" in exact.findall("".join(map(chr, range(0x3100)))):
+    # regex, re, tiktoken and the library tokenizers differ on these
+    odd = re.search(r"\^|(?<!\+\+)\$|\(\?\w+[):]", bare) or re.search(r"&&|\[\[:|\\[hK]", pattern)
+    if exact.groups or odd or "" in exact.findall("".join(map(chr, range(0x3100)))):
         raise ValueError(f"the split pattern {pattern} has a group, an anchor, a flag or an empty match")
     fast = exact
     known = keep_rest and pattern in (GPT2_PATTERN, GPT4_PATTERN, WORDS_PATTERN)
@@ -224,7 +226,7 @@ def tokenizer_json(ids, merges, pattern, special_tokens):
 
 
 def steps_of(part, name):
-    """The steps of a normalizer, pre_tokenizer or post_processor: those of a sequence, itself, or none."""
+    """The steps of a normalizer, pre_tokenizer or post_processor: it is a Sequence, one step or null."""
     return part.get(name, [part]) if part else []
 
 
@@ -241,13 +243,14 @@ def refuse_unsupported(document):
     for token in document["added_tokens"]:
         odd = not token["special"] and (token["single_word"] or token["lstrip"] or token["rstrip"])
         twice = model["vocab"].get(token["content"], token["id"]) != token["id"]
-        if odd or twice or token["content"] in byte_symbols():
+        if odd or twice or token["content"] in byte_symbols():  # the name of a byte in the vocabulary
             raise ValueError(f"added_tokens: {token} is not supported")
 
 
 def read_patterns(pre_tokenizer):
-    """How a tokenizer.json splits text, one step after the other: [(pattern, whether the rest is kept)]."""
-    steps, patterns = steps_of(pre_tokenizer, "pretokenizers"), []
+    """How a tokenizer.json splits text, step by step: [(pattern, whether text between matches is kept)]."""
+    steps = steps_of(pre_tokenizer, "pretokenizers")
+    patterns = []
     for step in steps:
         match step:
             case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}}:
@@ -290,28 +293,45 @@ def read_ranks(model, ids, spell):
     return halves, ranks
 
 
-# --- the tokenizer ---
+CONFIG_FIELDS = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
 
-SETTINGS = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
+
+def read_config(folder):
+    """The CONFIG_FIELDS of the files beside a tokenizer.json. ValueError: they are damaged."""
+    path, template = Path(folder, "tokenizer_config.json"), Path(folder, "chat_template.jinja")
+    config = {}
+    try:
+        if path.exists():  # a token is a text or {"content": text, ...}
+            config = json.loads(path.read_bytes(), object_hook=lambda part: part.get("content", part))
+        if isinstance(config.get("chat_template"), list):
+            templates = {named["name"]: named["template"] for named in config["chat_template"]}
+            config["chat_template"] = templates["default"]
+        if template.exists():
+            config["chat_template"] = template.read_text(encoding="utf-8")
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error!r:.150}") from None
+    return {name: config[name] for name in CONFIG_FIELDS if config.get(name)}
+
+
+# --- the tokenizer ---
 
 
 class Tokenizer:
     """A vocabulary at work, made from the content of a tokenizer.json. ValueError: it is not supported.
 
-    tokens {id: bytes}; special_tokens {text: id}; vocab_size; bytes_per_token[id] (special tokens: 0);
-    missing_bytes: those without a token, which are left out of a text. Text never becomes a special token;
-    other added tokens are found in it. A post_processor is ignored here. settings: those named in SETTINGS.
+    tokens {id: bytes}; special_tokens {text: id}; vocab_size; bytes_per_token[id] (special tokens: 0).
+    missing_bytes: bytes that have no token; `encode` leaves them out. config: see read_config.
+    Text never becomes a special token; other added tokens are found in it. A post_processor is ignored here.
     """
 
-    def __init__(self, document, settings=None):
+    def __init__(self, document, config=None):
         refuse_unsupported(document)
         model, added = document["model"], document["added_tokens"]
-        self.document = document
-        self.settings = {
-            name: value for name, value in (settings or {}).items() if name in SETTINGS and value
-        }
-        self.special_tokens = {token["content"]: token["id"] for token in added if token["special"]}
-        literals = {token["content"]: token["id"] for token in added if not token["special"]}
+        self.document, self.config = document, config or {}
+        self.special_tokens, literals = {}, {}
+        for token in added:
+            is_special = token["special"] or token["content"] in CHAT_TOKENS
+            (self.special_tokens if is_special else literals)[token["content"]] = token["id"]
 
         byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
 
@@ -321,11 +341,13 @@ class Tokenizer:
         names = [name for name in model["vocab"] if name not in literals and name not in self.special_tokens]
         ids = {spell(name): model["vocab"][name] for name in names}
         self.halves, ranks = read_ranks(model, ids, spell)
-        merged = self.halves.keys() - ids.keys()  # added tokens that merges make, too
+        merged = self.halves.keys() - ids.keys()  # added tokens that are also the result of a merge
         if unknown := merged - {text.encode() for text in literals}:
             raise ValueError(f"model.vocab: it lacks {min(unknown)!r}, the result of a merge")
         ids.update((token, literals[token.decode()]) for token in merged)
         self.missing_bytes = b"".join(byte for byte in BYTES if byte not in ids)
+        if self.missing_bytes and model.get("unk_token"):
+            raise ValueError(f"model: unk_token {model['unk_token']} for missing bytes is not supported")
 
         self._id_of_rank = np.array([ids.get(token, -1) for token in ranks])
         self._literals = literals
@@ -351,8 +373,13 @@ class Tokenizer:
         unused = {"<": len(ranks)}  # never found in text, but tiktoken is slower without any
         self._encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens=unused)
 
-    def __reduce__(self):  # tiktoken's object cannot be sent to another process
-        return Tokenizer, (self.document, self.settings)
+    def __reduce__(self):  # for other processes, to which the functions in _steps cannot be sent
+        return Tokenizer, (self.document, self.config)
+
+    @cached_property
+    def chat_layout(self):
+        """See read_chat_layout."""
+        return read_chat_layout(self)
 
     @property
     def fingerprint(self):
@@ -409,19 +436,19 @@ class Tokenizer:
             parts = [piece for part in parts for piece in ([part] if part in literals else step(part))]
         ids = [np.int64([])]
         for part in parts:
-            if part in literals:
-                ids.append([literals[part]])
-                continue
-            try:
-                new = self._id_of_rank[self._encoding.encode_to_numpy(part, disallowed_special=())]
-            except ValueError:  # tiktoken's regex engine gives up, as on a million blanks in a row
-                new = [-1]
-            if -1 in new:  # or a byte without a token, whose neighbours may be merged
-                chunks = [chunk.encode().translate(None, self.missing_bytes) for chunk in self._split(part)]
-                ranks = [self._encoding._encode_single_piece(chunk) for chunk in chunks if chunk]
-                new = self._id_of_rank[np.concatenate([np.int64([]), *ranks]).astype(np.int64)]
-            ids.append(new)
+            ids.append([literals[part]] if part in literals else self._encode_part(part))
         return np.concatenate(ids)
+
+    def _encode_part(self, part):
+        """A text without added tokens -> ids as an array."""
+        with suppress(ValueError):  # tiktoken's regex engine gives up, as on a million blanks in a row
+            ids = self._id_of_rank[self._encoding.encode_to_numpy(part, disallowed_special=())]
+            if -1 not in ids:
+                return ids
+        # Chunk by chunk; the neighbours of a byte that has no token may merge, as in the library tokenizers.
+        chunks = [chunk.encode().translate(None, self.missing_bytes) for chunk in self._split(part)]
+        ranks = [rank for chunk in chunks if chunk for rank in self._encoding._encode_single_piece(chunk)]
+        return self._id_of_rank[ranks]
 
     def decode_bytes(self, ids):
         """Ids -> the bytes that they stand for; special tokens as their names. ValueError: an unknown id."""
@@ -441,28 +468,22 @@ class Tokenizer:
     def save_pretrained(self, folder):
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens."""
         self.save(Path(folder) / "tokenizer.json")
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        settings.update(self.settings)
-        for end in ("<|endoftext|>", "<|im_end|>"):
-            if end in self.special_tokens:
-                settings.setdefault("eos_token", end)
-        if "eos_token" in settings:  # transformers makes no batch of texts without a token to pad them
-            settings.setdefault("pad_token", settings["eos_token"])
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config.update(self.config)
+        if "<|endoftext|>" in self.special_tokens:
+            config.setdefault("eos_token", "<|endoftext|>")
+        if "eos_token" in config:  # transformers makes no batch of texts without a token to pad them
+            config.setdefault("pad_token", config["eos_token"])
         if self.special_tokens.keys() >= set(CHAT_TOKENS):
-            settings["chat_template"], _ = chat_layout(self)
-        Path(folder, "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+            config["chat_template"] = self.chat_layout[0]
+        Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
     @classmethod
     def load(cls, path):
         """Read a byte-level BPE tokenizer.json. ValueError: the file is damaged or of another kind."""
+        config = read_config(Path(path).parent)
         try:
-            config, template = map(Path(path).with_name, ("tokenizer_config.json", "chat_template.jinja"))
-            settings = {}
-            if config.exists():  # a token is a text or {"content": text, ...}
-                settings = json.loads(config.read_bytes(), object_hook=lambda part: part.get("content", part))
-            if template.exists():
-                settings["chat_template"] = template.read_text(encoding="utf-8")
-            return cls(json.loads(Path(path).read_bytes()), settings)
+            return cls(json.loads(Path(path).read_bytes()), config)
         except (LookupError, TypeError, AttributeError, RecursionError, ValueError) as error:
             kind = "a byte-level BPE tokenizer.json, such as that of GPT-2, Llama 3, Qwen or SmolLM"
             raise ValueError(f"{path} is not {kind}: {error!r:.300}") from None
@@ -483,7 +504,9 @@ ROLES = ("system", "user", "assistant")
 
 
 def check_messages(messages):
-    """ValueError: what is wrong with the messages of a conversation."""
+    """ValueError: messages without a role or a content that can be rendered."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"messages are not a list of objects: {messages!r:.40}")
     for i, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         allowed = ROLES if i == 0 else ROLES[1:]
@@ -493,26 +516,24 @@ def check_messages(messages):
             raise ValueError(f"the content of message {i + 1} is not a text: {content!r:.40}")
 
 
-def render(tokenizer, messages, add_generation_prompt=False):
+def render(tokenizer, messages, add_generation_prompt=False, opening=True):
     """A conversation -> (ids, mask); the mask is True for what the assistant says, its end included.
 
     messages: [{"role": ..., "content": ...}, ...]; space around a content is dropped, and an answer with
-    "weight": 0 is not marked. With add_generation_prompt the ids end where the assistant's turn begins.
+    "weight": 0 is not marked. With add_generation_prompt the ids end where the assistant's turn begins;
+    without opening they begin with the first message, whatever the model's chats begin with.
     ValueError: no ChatML tokens.
     """
-    turns, mask = render_turns(tokenizer, messages, add_generation_prompt)
-    _, openings = chat_layout(tokenizer)
-    has_system = bool(messages) and messages[0]["role"] == "system"
-    return openings[has_system] + turns, [False] * len(openings[has_system]) + mask
-
-
-def render_turns(tokenizer, messages, add_generation_prompt=False):
-    """The same without what the layout puts before the first turn."""
     for name in CHAT_TOKENS:
         if name not in tokenizer.special_tokens:
             raise ValueError(f"the tokenizer has no {name}: chat needs a model with the ChatML layout")
     start, end = (tokenizer.special_tokens[name] for name in CHAT_TOKENS)
-    ids, mask = [], []
+    ids = []
+    if opening:
+        _, alone, before_system = tokenizer.chat_layout
+        has_system = messages and messages[0]["role"] == "system"
+        ids += before_system if has_system else alone
+    mask = [False] * len(ids)
     for message in messages:
         header = [start, *tokenizer.encode(message["role"] + "\n")]
         content = [*tokenizer.encode(message["content"].strip()), end]
@@ -528,38 +549,43 @@ def render_turns(tokenizer, messages, add_generation_prompt=False):
     return ids, mask
 
 
-@cache
-def chat_layout(tokenizer):
-    """(template, openings): what stands before the first turn, in ids, without and with a system message.
+def read_chat_layout(tokenizer):
+    """(template, ids before the first turn, ids before a system message) of a model's chats.
 
-    A model's own template may open a chat by a first token or by a system message of its own, and is kept.
-    Where it writes turns in another way than `render_turns`, a warning says so, and ours takes its place.
+    A model's own template may begin a chat with a special token or a system message. It is kept if the rest
+    is ChatML; if not, a warning says so and CHAT_TEMPLATE replaces it. What a template changes within the
+    contents (Qwen3 drops the thoughts from earlier answers) is not followed.
     """
-    template, openings = tokenizer.settings.get("chat_template", CHAT_TEMPLATE), []
+    template = tokenizer.config.get("chat_template", CHAT_TEMPLATE)
     if template == CHAT_TEMPLATE:
-        return template, ([], [])
-    first, *turns = [dict(role=role, content="a text") for role in (*ROLES, "user")]
-    special = "|".join(map(re.escape, tokenizer.special_tokens))
-    try:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # comes with torch
+        return template, [], []
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # comes with torch
 
-        compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
-        for messages in (turns, [first, *turns]):
-            theirs = compiled.render(tokenizer.settings, messages=messages, add_generation_prompt=True)
-            ours, _ = render_turns(tokenizer, messages, add_generation_prompt=True)
-            opening, found, end = theirs.rpartition(tokenizer.decode(ours))
-            if end or not found:
-                raise ValueError("its turns differ")
-            ids = []
-            for piece in re.split(f"({special})", opening):
-                is_special = piece in tokenizer.special_tokens
-                ids += [tokenizer.special_tokens[piece]] if is_special else tokenizer.encode(piece)
-            openings.append(ids)
-    except Exception as error:  # whatever this program of others does
-        text = "this model was taught another layout of a chat than ChatML's and may answer badly"
-        warnings.warn(f"{text} ({error!s:.99})", stacklevel=3)
-        return CHAT_TEMPLATE, ([], [])
-    return template, openings
+    program = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # a mark that only training reads
+    extensions = ["jinja2.ext.loopcontrols"]
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    special = "|".join(map(re.escape, tokenizer.special_tokens))
+    system, *turns = [dict(role=role, content="a text") for role in (*ROLES, "user")]
+    openings = []
+    for messages in (turns, [system, *turns]):
+        values = dict(tokenizer.config, messages=messages, add_generation_prompt=True)
+        ours = jinja.from_string(CHAT_TEMPLATE).render(values)
+        try:
+            theirs = jinja.from_string(program).render(values)
+        except Exception as error:  # a template is a program and may fail in any way
+            theirs = f"an error: {error}"
+        if not theirs.endswith(ours):
+            text = "the model's own chat template is not ChatML, so it may answer badly; it writes"
+            warnings.warn(f"{text} {theirs!r:.150}", stacklevel=4)
+            return CHAT_TEMPLATE, [], []
+        opening = []
+        for piece in re.split(f"({special})", theirs.removesuffix(ours)):
+            if piece in tokenizer.special_tokens:
+                opening.append(tokenizer.special_tokens[piece])
+            else:
+                opening += tokenizer.encode(piece)
+        openings.append(opening)
+    return template, *openings
 
 
 def with_chat_tokens(tokenizer):
@@ -571,7 +597,7 @@ def with_chat_tokens(tokenizer):
     added = [dict(id=tokenizer.vocab_size + i, content=name, **flags) for i, name in enumerate(missing)]
     document = dict(tokenizer.document)
     document["added_tokens"] = tokenizer.document["added_tokens"] + added
-    return Tokenizer(document, tokenizer.settings | {"chat_template": CHAT_TEMPLATE})
+    return Tokenizer(document, tokenizer.config | {"chat_template": CHAT_TEMPLATE})
 
 
 # --- command line ---

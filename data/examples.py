@@ -5,13 +5,12 @@
     {"prompt": "...", "chosen": "...", "rejected": "..."}       a preference, for --method dpo
 
 Only what the assistant says is learned; a conversation of many turns teaches all of its answers in one pass,
-but those with "weight": 0. Lines in the layouts of ShareGPT, Alpaca and TRL are read, too.
+except those with "weight": 0. Files in the layouts of ShareGPT, Alpaca and TRL are read as they are.
 """
 
 import hashlib
 import json
 from collections import Counter, defaultdict
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -48,16 +47,17 @@ class Example:
 # --- reading ---
 
 ANSWERS = ("completion", "chosen", "rejected")
-# How others call what a line has, ShareGPT and Alpaca -> how it is called here.
-NAMES = {"conversations": "messages", "from": "role", "value": "content"}
-NAMES.update(human="user", gpt="assistant", instruction="prompt", output="completion")
-UNDERSTOOD = {"messages", "prompt", "input", *ANSWERS, "system", "channel", "role", "content", "weight"}
+LINE_FIELDS = {"messages", "prompt", "input", "system", "channel", *ANSWERS}
+MESSAGE_FIELDS = {"role", "content", "weight"}
+EMPTY = ("", [], {})  # as in columns that most lines do not use
+OUR_NAMES = {  # what ShareGPT and Alpaca call it -> what it is called here
+    "conversations": "messages", "from": "role", "value": "content", "human": "user", "gpt": "assistant",
+    "instruction": "prompt", "output": "completion",
+}  # fmt: skip
 
 
 def check_conversation(messages):
-    """ValueError: what is wrong with the messages of a conversation."""
-    if not messages:
-        raise ValueError('it has no "messages" and no "prompt"')
+    """ValueError: what is wrong with a conversation from which to learn."""
     check_messages(messages)
     for i, message in enumerate(messages):
         if message["role"] == "assistant" and not message["content"].strip():
@@ -67,61 +67,65 @@ def check_conversation(messages):
         message["content"].encode()  # half a surrogate pair is not a character
     turns = [message for message in messages if message["role"] != "system"]
     if not turns or turns[0]["role"] != "user":
-        raise ValueError("the first turn must be the user's")
+        raise ValueError('there is no turn of the user at the beginning (of "messages" or "prompt")')
     if not any(turn["role"] == "assistant" and turn.get("weight", 1) for turn in turns):
         raise ValueError("there is no turn of the assistant to learn")
 
 
-def read_record(line):
-    """A line's JSON, with the names that are used here."""
-
-    def rename(part):
-        if "from" in part:
-            part["from"] = NAMES.get(part["from"], part["from"])
-        return {NAMES.get(name, name): value for name, value in part.items()}
-
-    return json.loads(line, object_hook=rename)
+def rename(fields):
+    """A line or a message with the names used here. ValueError: two of its fields mean the same."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"it is not a JSON object: {fields!r:.40}")
+    filled = {name: value for name, value in fields.items() if value is not None}
+    renamed = {OUR_NAMES.get(name, name): value for name, value in filled.items()}
+    if len(renamed) < len(filled):
+        raise ValueError(f"two of these mean the same: {', '.join(filled)}")
+    return renamed
 
 
 def as_messages(value, role):
-    """What a line holds under a name: a list of messages, or a text that this role says, or nothing."""
-    if value is None or isinstance(value, list):
-        return value or []
-    return [{"role": role, "content": value}]
+    """A text that this role says, or a list of messages -> a list of messages with the names used here."""
+    if not isinstance(value, list):
+        return [{"role": role, "content": value}]
+    messages = [rename(message) for message in value]
+    for message in messages:
+        message["role"] = OUR_NAMES.get(message.get("role"), message.get("role"))
+    return messages
 
 
 def conversations_of(record):
     """The conversations of a line, each a list of messages that ends with an answer. ValueError: a fault."""
-    if not isinstance(record, dict):
-        raise ValueError(f"it is not a JSON object: {record!r:.40}")
-    system = as_messages(record.get("system") or None, "system")
-    question = record.get("messages") or record.get("prompt")
+    system = as_messages(record["system"], "system") if record.get("system") else []
+    question = record.get("messages") or record.get("prompt") or []
     if isinstance(question, str) and record.get("input"):  # Alpaca
         question += "\n\n" + record["input"]
     question = as_messages(question, "user")
+    answers = [as_messages(record[name], "assistant") for name in ANSWERS if name in record]
     conversations = []
-    for answer in [as_messages(record[name], "assistant") for name in ANSWERS if name in record] or [[]]:
+    for answer in answers or [[]]:
+        conversation = system + question + answer
         if answer and answer[0]["role"] != "assistant":  # it begins with the question
-            question = []
-        conversations.append([*system, *question, *answer])
-    for conversation in conversations:
+            conversation = system + answer
+        elif answer and question and question[-1]["role"] == "assistant":
+            raise ValueError("the question ends with an answer already")
         check_conversation(conversation)
         while conversation[-1]["role"] != "assistant":  # nothing is learned from an unanswered turn
             conversation.pop()
+        conversations.append(conversation)
     last = [conversation[-1]["content"].strip() for conversation in conversations]
     if len(last) == 2 and last[0] == last[1]:
         raise ValueError("chosen and rejected are the same")
     return conversations
 
 
-def passed_over(record):
-    """The names of what a line has and nothing here reads."""
-    names = {name for name, value in record.items() if value}
-    beside = names & {"prompt", "input"} if "messages" in names else set()
-    for name in ("messages", "prompt", *ANSWERS):
-        if isinstance(record.get(name), list):
-            names.update(*record[name])
-    return names - UNDERSTOOD | beside
+def unread_fields(record, conversations):
+    """The names of those fields of a line and of its messages that are not read here."""
+    names = {name for name, value in record.items() if value not in EMPTY} - LINE_FIELDS
+    if record.get("messages"):
+        names |= record.keys() & {"prompt", "input"}
+    for message in sum(conversations, []):
+        names |= {name for name, value in message.items() if value not in EMPTY} - MESSAGE_FIELDS
+    return names
 
 
 def read_examples(path, pairs=False):
@@ -136,18 +140,20 @@ def read_examples(path, pairs=False):
     text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     lines = text.split("\n")
     if text.lstrip().startswith("["):  # one JSON array instead of lines
-        with suppress(RecursionError, ValueError):
+        try:
             lines = [json.dumps(record) for record in json.loads(text)]
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"{path} begins as a JSON array and is none: {error}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            record = read_record(line)
+            record = rename(json.loads(line))
             conversations = conversations_of(record)
             if len(conversations) != (2 if pairs else 1):
                 raise ValueError(f"it needs {wanted}")
+            unread.update(unread_fields(record, conversations))
             examples.append(Example(conversations, str(record.get("channel", "all"))))
-            unread.update(passed_over(record))
         except json.JSONDecodeError as error:
             faults.append(f"{path}, line {number}: not JSON, {error}")
         except KeyError as error:

@@ -139,6 +139,8 @@ def test_unusable_lines_are_named_and_counted(tmp_path, capsys):
         json.dumps({"messages": [{"role": "user", "content": 5}, said]}),
         json.dumps({"messages": [{"role": "user"}, said]}),
         json.dumps({"prompt": "x", "chosen": "a", "rejected": "b"}),
+        json.dumps({"messages": DIALOGUE, "conversations": DIALOGUE}),
+        json.dumps({"messages": DIALOGUE, "completion": "another"}),
         '{"prompt": "x", "completion": "\\ud800"}',
     ]
     path = tmp_path / "chat.jsonl"
@@ -146,16 +148,21 @@ def test_unusable_lines_are_named_and_counted(tmp_path, capsys):
     found = read_examples(path)
     assert [e.channel for e in found] == ["a", "all"] and found[1].answer == "c"
     printed = capsys.readouterr().out
-    assert "12 lines of" in printed and "of 14" in printed
-    for number, why in ((2, "Expecting value"), (4, "prompt"), (5, "first turn must be the user's"),
-                        (6, "no turn of the assistant"), (7, "robot"), (8, "system"), (9, "is empty"),
-                        (10, "is not a text"), (11, "content")):  # fmt: skip
+    assert "14 lines of" in printed and "of 16" in printed
+    for number, why in ((2, "Expecting value"), (3, "not a JSON object"), (4, '"messages" or "prompt"'),
+                        (5, "no turn of the user at the beginning"), (6, "no turn of the assistant"),
+                        (7, "robot"), (8, "system"), (9, "is empty"), (10, "is not a text"),
+                        (11, "content")):  # fmt: skip
         line = next(line for line in printed.splitlines() if f"line {number}:" in line)
         assert why in line
     assert "line 13" not in printed  # ten are shown
-    path.write_text("\n".join(bad))
-    with pytest.raises(ValueError, match="there is no example in"):
-        read_examples(path)
+    for lines, message in (
+        (bad, "there is no example in"),
+        (["[", *bad], "begins as a JSON array and is none: Expecting"),
+    ):
+        path.write_text("\n".join(lines))
+        with pytest.raises(ValueError, match=message):
+            read_examples(path)
     pairs = [
         {"prompt": "x", "chosen": "a", "rejected": " a"},
         {"prompt": "x", "chosen": "a", "rejected": "b"},
@@ -191,6 +198,15 @@ LAYOUTS = {
         [[QUESTION, REPLY], [QUESTION, OTHER]],
     ),
     "OpenAI": ({"messages": [QUESTION, REPLY | {"weight": 1}]}, [[QUESTION, REPLY | {"weight": 1}]]),
+    "UltraFeedback, a plain answer": (
+        {"prompt": "the cat", "chosen": [QUESTION, REPLY], "rejected": "on"},
+        [[QUESTION, REPLY], [QUESTION, OTHER]],
+    ),
+    "columns that are empty here": (
+        {"messages": [QUESTION | {"weight": None}, REPLY | {"tool_calls": []}], "prompt": None,
+         "output": None, "conversations": None, "channel": None},
+        [[QUESTION, REPLY | {"tool_calls": []}]],
+    ),
     "a system message beside": ({"system": "the mat", "prompt": "the cat", "completion": "sat"},
                                 [[SYSTEM, QUESTION, REPLY]]),
 }  # fmt: skip
@@ -214,12 +230,17 @@ def test_what_is_passed_over_in_a_file_is_named_once_with_the_number_of_lines(tm
             "tools": [{"name": "x"}],
             "prompt": "the",
         },
-        {"messages": [QUESTION, REPLY | {"tool_calls": [1]}], "tools": [], "id": 5, "tags": ["a", 1]},
-        {"messages": [QUESTION, REPLY], "tools": [{"name": "x"}], "input": "the cat"},
+        {
+            "messages": [QUESTION, REPLY | {"tool_calls": [1]}],
+            "tools": [],
+            "id": 5,
+            "label": False,
+        },
+        {"messages": [QUESTION, REPLY], "tools": [{"name": "x"}], "input": "the cat", "weight": 1},
     ]
     assert len(read_examples(write_lines(tmp_path / "lines.jsonl", records))) == 3
-    named = "id (1 lines), input (1 lines), prompt (1 lines), reasoning_content (1 lines), tags (1 lines), "
-    named += "tool_calls (1 lines), tools (2 lines)"
+    named = "id (1 lines), input (1 lines), label (1 lines), prompt (1 lines), reasoning_content (1 lines), "
+    named += "tool_calls (1 lines), tools (2 lines), weight (1 lines)"
     assert capsys.readouterr().out == f"passed over in {tmp_path / 'lines.jsonl'}: {named}\n"
 
 
@@ -811,9 +832,9 @@ def test_a_qwen_like_folder_in_bfloat16_can_be_tuned_both_ways(tokenizer, base, 
     qwen.save(tmp_path / "with chat tokens", with_chat_tokens(plain))
     lora, other = ("--lora-rank", 4), ("--data", "test-finetune")
     cases = [
-        ("base", (), True, torch.float32, "no text of the base model (--data)"),
+        ("base", (), True, torch.float32, "the text of the base model is not known (--data)"),
         ("with chat tokens", (*lora, *other), True, torch.bfloat16, "with another tokenizer"),
-        ("with chat tokens", lora, False, torch.float32, "no text of the base model (--data)"),
+        ("with chat tokens", lora, False, torch.float32, "the text of the base model is not known (--data)"),
     ]
     for folder, options, has_units, dtype, replay in cases:
         monkeypatch.setattr(stage, "is_fast", lambda dtype, device, fast=has_units: fast)
@@ -826,7 +847,7 @@ def test_a_qwen_like_folder_in_bfloat16_can_be_tuned_both_ways(tokenizer, base, 
         assert type(theirs).__name__ == "Qwen3ForCausalLM"
         assert theirs.config.vocab_size == (320 if folder == "base" else 304)
         assert Transformer.load(tmp_path / "out").model.norm.weight.dtype == dtype
-    with pytest.raises(ValueError, match="--lora-rank learns no embedding, and .*base has none for a chat"):
+    with pytest.raises(ValueError, match="base lacks embeddings for the tokens of a chat"):
         run_here("--model", tmp_path / "base", "--examples", chat, *lora, "--out", tmp_path / "out")
 
 

@@ -199,10 +199,11 @@ def test_sharded_files_of_half_precision_are_opened(tmp_path, dtype):
     [
         ("model_type", "mixtral"), ("model_type", None),
         ("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True),
-        ("is_causal", False), ("is_encoder_decoder", True), ("layer_types", ["sliding_attention"]),
+        ("is_causal", False), ("layer_types", ["sliding_attention"]),
         ("per_layer_config", {"1": {"head_dim": 8}}), ("rope_interleaved", True),
         ("quantization_config", {"bits": 4}), ("rope_type", "yarn"), ("partial_rotary_factor", 0.5),
-        ("hidden_size", None), ("num_hidden_layers", "two"), ("num_key_value_heads", 3), ("factor", None),
+        ("rms_norm_eps", "1e-5"), ("hidden_size", None), ("num_hidden_layers", "two"),
+        ("num_key_value_heads", 3), ("factor", None),
     ],
 )  # fmt: skip
 def test_a_config_of_another_arithmetic_is_refused_by_the_name_of_the_field(tmp_path, field, value):
@@ -211,7 +212,7 @@ def test_a_config_of_another_arithmetic_is_refused_by_the_name_of_the_field(tmp_
     inside = settings["rope_parameters"] if field in settings["rope_parameters"] else settings
     inside[field] = value
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    ours = {"hidden_size": "hidden_size", "num_hidden_layers": "n_layer", "num_key_value_heads": "n_kv_head"}
+    ours = {"rms_norm_eps": "norm_eps", "num_hidden_layers": "n_layer", "num_key_value_heads": "n_kv_head"}
     with pytest.raises(ValueError, match=ours.get(field, field)):
         Transformer.load(tmp_path)
 
@@ -221,6 +222,7 @@ def test_a_sliding_window_is_refused_only_where_it_is_active(tmp_path):
         ("Mistral", {"sliding_window": 16}, True),
         ("Mistral", {"sliding_window": "absent"}, True),
         ("Mistral", {"sliding_window": None}, False),
+        ("Mistral", {"sliding_window": 16, "use_sliding_window": False}, True),
         ("Qwen2", {"sliding_window": 16, "use_sliding_window": True}, True),
         ("Qwen2", {"sliding_window": 16, "use_sliding_window": False, "max_window_layers": 2}, False),
     ):

@@ -215,7 +215,7 @@ def test_ids_beyond_the_vocabulary_are_never_drawn(model):
 @pytest.mark.parametrize("temperature", [0, 0.8])
 def test_scores_that_are_not_numbers_end_the_text_with_an_error(model, temperature):
     model.model.norm.weight.data[3] = math.nan
-    with pytest.raises(ValueError, match="the weights are damaged, or too large for torch.float32"):
+    with pytest.raises(ValueError, match="damaged weights, or too large for torch.float32"):
         continuation(model, [1], temperature=temperature)
 
 
@@ -453,9 +453,10 @@ def test_a_text_begins_with_what_its_tokenizer_wants_there(tokenizer):
     assert sample.to_prompt(tokenizer, "the cat") == tokenizer.encode("the cat")
     first = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
     template = {"type": "TemplateProcessing", "single": [first, {"Sequence": {"id": "A", "type_id": 0}}]}
+    template["special_tokens"] = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [299], "tokens": ["..."]}}
     processor = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}  # as in Llama 3
     llama = Tokenizer(tokenizer.document | {"post_processor": processor})
-    expected = [tokenizer.special_tokens["<|endoftext|>"], *tokenizer.encode("the cat")]
+    expected = [299, *tokenizer.encode("the cat")]
     assert sample.to_prompt(llama, "the cat") == expected
 
 
@@ -466,6 +467,10 @@ def test_the_ends_of_a_text_are_those_of_the_folder(folder, tokenizer, model):
     assert sample.end_ids(folder, tokenizer) == set(ends)
     (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
     assert sample.end_ids(folder, tokenizer) == {7}
+    for wrong in (999, "2", [0, None], [[0]], {}):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(ValueError, match="generation_config.json is damaged"):
+            sample.end_ids(folder, tokenizer)
     (folder / "generation_config.json").unlink()
     assert sample.end_ids(folder, tokenizer) == set(ends)
     (folder / "config.json").write_text("{}")
@@ -665,7 +670,7 @@ def test_equal_prompts_in_different_batches_get_answers_of_their_own(folder, tmp
 
 
 def test_prompts_that_end_at_once_are_answered_too(folder, prompts, tmp_path):
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(320))}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(302))}))
     output = tmp_path / "a.jsonl"
     run("--model", folder, "--prompts", prompts, "--output", output)
     assert [answer["completion"] for answer in answers_in(output)] == [""] * 7
@@ -698,6 +703,11 @@ def test_lines_of_a_text_file_are_prompts(tmp_path):
 @pytest.mark.parametrize(
     "line",
     ["{", "[]", "3", "{}", '{"prompt": 3}', '{"messages": []}', '{"messages": [{"role": "user"}]}']
+    + [
+        '{"prompt": "x", "system": "y"}',
+        '{"messages": ["x"]}',
+        '{"messages": [{"role": "tool", "content": ""}]}',
+    ]
     + ['{"prompt": "half a pair \\ud83d"}', '{"prompt": "x", "completion": "mine"}'],
 )
 def test_a_bad_line_is_named_before_anything_is_answered(tmp_path, line):

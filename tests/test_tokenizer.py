@@ -530,6 +530,10 @@ REFUSED = {
     ),
     "is made before its halves": lambda d: d["model"]["merges"].reverse(),
     "made before its": lambda d: d["model"].update(merges=d["model"]["merges"][::2]),
+    r"split pattern \[\\\\w&&": lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(
+        pattern={"Regex": r"[\w&&[^a]]+"}
+    ),
+    "unk_token": lambda d: (d["model"]["vocab"].pop("ÿ"), d["model"].update(unk_token="<|endoftext|>")),
     "an anchor": lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "^a|b"}),
     "added_tokens.*id": lambda d: d["added_tokens"][0].update(id=7),
     "added_tokens.*lstrip": lambda d: d["added_tokens"][0].update(special=False, lstrip=True),
@@ -563,7 +567,7 @@ def test_bytes_without_a_token_are_left_out_aloud(tmp_path):
 def test_a_tokenizer_can_be_sent_to_another_process(tokenizer):
     again = pickle.loads(pickle.dumps(Tokenizer(smollm2(), {"eos_token": "<|endoftext|>"})))
     assert again.encode("the cat") == Tokenizer(smollm2()).encode("the cat")
-    assert again.settings == {"eos_token": "<|endoftext|>"}
+    assert again.config == {"eos_token": "<|endoftext|>"}
 
 
 @pytest.mark.parametrize("message", REFUSED)
@@ -679,10 +683,41 @@ def test_what_a_template_puts_before_a_chat_is_kept(tmp_path, tokenizer, templat
     assert again.apply_chat_template(MESSAGES[2:], return_dict=False) == render(ours, MESSAGES[2:])[0]
 
 
+@pytest.mark.parametrize(
+    "mark", ["{% generation %}{% endgeneration %}", "{% for x in 'ab' %}{% break %}{% endfor %}"]
+)
+def test_a_template_may_have_what_transformers_adds_to_the_language(tokenizer, mark, recwarn):
+    marked = Tokenizer(tokenizer.document, {"chat_template": stage.CHAT_TEMPLATE + mark})
+    assert marked.chat_layout == (stage.CHAT_TEMPLATE + mark, [], []) and not recwarn.list
+
+
+def test_of_several_templates_the_default_counts(tmp_path, tokenizer):
+    several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": FIRST_TOKEN}]
+    ours, theirs = chat_tokenizer(tmp_path, tokenizer, chat_template=several, bos_token="<|endoftext|>")
+    assert render(ours, MESSAGES)[0] == theirs.apply_chat_template(MESSAGES, return_dict=False)
+
+
+def test_chat_tokens_that_a_file_does_not_call_special_are_so_here(tokenizer):
+    document = json.loads(json.dumps(tokenizer.document))
+    for token in document["added_tokens"]:
+        token["special"] = False
+    ours = Tokenizer(document)
+    assert ours.special_tokens.keys() == set(stage.CHAT_TOKENS) and with_chat_tokens(ours) is ours
+    assert render(ours, MESSAGES) == render(tokenizer, MESSAGES)
+
+
+def test_a_damaged_file_beside_the_tokenizer_is_named(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    for damaged in ("{", "[]", '{"chat_template": [1]}'):
+        (tmp_path / "tokenizer_config.json").write_text(damaged)
+        with pytest.raises(ValueError, match="tokenizer_config.json is damaged"):
+            Tokenizer.load(tmp_path / "tokenizer.json")
+
+
 @pytest.mark.parametrize("kind", DIFFERS)
 def test_a_template_with_other_turns_is_named_and_ours_takes_its_place(tmp_path, tokenizer, kind):
     with_template = Tokenizer(tokenizer.document, {"chat_template": DIFFERS[kind]})
-    with pytest.warns(UserWarning, match="another layout of a chat"):
+    with pytest.warns(UserWarning, match="own chat template is not ChatML"):
         assert render(with_template, MESSAGES) == render(tokenizer, MESSAGES)
     with_template.save_pretrained(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
