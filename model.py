@@ -121,9 +121,8 @@ class Config:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} {value!r} must be a positive whole number")
-        for name in ("rope_theta", "norm_eps"):
-            if not isinstance(getattr(self, name), int | float):
-                raise ValueError(f"{name} {getattr(self, name)!r} must be a number")
+        if not isinstance(self.norm_eps, float) or not isinstance(self.rope_theta, int | float):
+            raise ValueError(f"norm_eps {self.norm_eps!r} and rope_theta {self.rope_theta!r} must be numbers")
         if not self.head_dim:
             if self.n_embd % self.n_head:
                 raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
@@ -421,9 +420,6 @@ class Transformer(nn.Module):
         generation = {}
         if end_ids:
             generation = {"bos_token_id": end_ids[0], "pad_token_id": end_ids[0], "eos_token_id": end_ids}
-        for name in ("bos_token", "pad_token") if tokenizer else ():
-            if tokenizer.config.get(name) in tokenizer.special_tokens:
-                generation[f"{name}_id"] = tokenizer.special_tokens[tokenizer.config[name]]
         settings = config_to_json(self.config, weights["model.norm.weight"].dtype)
         settings.update(generation)
         with replace_files(folder) as unfinished:

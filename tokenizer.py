@@ -341,10 +341,9 @@ class Tokenizer:
         names = [name for name in model["vocab"] if name not in literals and name not in self.special_tokens]
         ids = {spell(name): model["vocab"][name] for name in names}
         self.halves, ranks = read_ranks(model, ids, spell)
-        merged = self.halves.keys() - ids.keys()  # added tokens that are also the result of a merge
-        if unknown := merged - {text.encode() for text in literals}:
+        # A merge may make an added token; but where its text stands, the added token is found first.
+        if unknown := self.halves.keys() - ids.keys() - {text.encode() for text in literals}:
             raise ValueError(f"model.vocab: it lacks {min(unknown)!r}, the result of a merge")
-        ids.update((token, literals[token.decode()]) for token in merged)
         self.missing_bytes = b"".join(byte for byte in BYTES if byte not in ids)
         if self.missing_bytes and model.get("unk_token"):
             raise ValueError(f"model: unk_token {model['unk_token']} for missing bytes is not supported")
@@ -354,8 +353,7 @@ class Tokenizer:
         texts = [*ids.items(), *((text.encode(), i) for text, i in literals.items())]
         self.tokens = {i: token for token, i in texts}
         self.tokens.update((i, text.encode()) for text, i in self.special_tokens.items())
-        n_distinct = len(ids) + len(added) - len(merged)
-        if len(self.tokens) < n_distinct or not 0 <= min(self.tokens) <= max(self.tokens) < 2**24:
+        if len(self.tokens) < len(ids) + len(added) or not 0 <= min(self.tokens) <= max(self.tokens) < 2**24:
             raise ValueError("ids must be whole numbers below 2^24, each used once")
         self.vocab_size = max(self.tokens) + 1
         self.bytes_per_token = np.zeros(self.vocab_size, dtype=np.int64)
