@@ -4,6 +4,7 @@ grow.
 
 import hashlib
 import http.server
+import io
 import json
 import subprocess
 import sys
@@ -207,6 +208,17 @@ def test_other_files_are_passed_over_aloud(tmp_path, data, capsys):
     (tmp_path / "many" / "image.png").write_bytes(b"\x89PNG")
     stage.prepare([str(tmp_path / "many")])
     assert "passed over 1 files" in capsys.readouterr().out
+
+
+def test_a_name_that_the_terminal_cannot_show_stops_nothing(tmp_path, data, monkeypatch):
+    (tmp_path / "语料.txt").write_text("text " * 300, encoding="utf-8")
+    output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "argv", ["prepare.py", str(tmp_path / "语料.txt"), "--vocab-size", "270"])
+    monkeypatch.setattr(sys, "stdout", output)
+    stage.main()
+    output.flush()
+    assert b"next: python train.py --data '\\u8bed\\u6599'" in output.buffer.getvalue()
+    assert (data / "语料/meta.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_it_learns_and_opens_again_in_transformers_and_peft(folder, conversation
         model = Transformer.load(folder, dtype=torch.bfloat16)
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
         model.save(base, tokenizer, end_ids=[2])
-    options = ["--steps", 5, "--evals", 1, "--batch-size", 8, "--device", "cpu", "--dtype", dtype]
+    options = ["--steps", 5, "--evals", 1, "--batch-size", 8, "--device", "cpu"]
     if lora:
         options += ["--lora-rank", 4, "--lr", 0.003]
     printed = run_main(finetune.main, "finetune.py", "--model", base, "--examples", conversations, *options,

@@ -116,7 +116,7 @@ def test_documents_are_read_as_they_are_needed(processes):
 
     def documents():
         nonlocal most
-        for i in range(60):
+        for i in range(45):
             document = Document(" ".join(f"{i}x{k}" for k in range(100_000)))  # more than 1 MB
             waiting.add(document)
             most = max(most, len(waiting))

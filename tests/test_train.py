@@ -832,12 +832,12 @@ def test_on_a_terminal_each_line_that_stays_has_a_line_of_its_own(prepared, tmp_
 
 
 def test_under_minutes_a_text_is_read_eight_times_at_most(prepared, tmp_path):
-    printed = run_here("--data", prepared, "--minutes", 30, "--out", tmp_path / "out")
-    steps = 8 * (5381 // 128 - 1)
+    printed = run_here("--data", prepared, "--minutes", 30, "--block-size", 256, "--out", tmp_path / "out")
+    steps = 8 * (5381 // 256 - 1)
     assert f"or 8 epochs ({steps} steps) if that is less" in printed
     assert f"bits per byte of held-out text after {steps} steps" in printed
     assert "the text was read 8 times, so the run ended" in printed
-    assert "pico: " in printed and "1 blocks of 128 tokens" in printed
+    assert "pico: " in printed and "1 blocks of 256 tokens" in printed
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_the_last_save_good(prepared, tmp_path):
