@@ -272,8 +272,9 @@ def read_ranks(model, ids, spell):
     """Read the merges -> (halves {token: its two parts}, ranks {token: order in which tiktoken joins it}).
 
     ids {token: id}; spell(name in the file) -> token. tiktoken needs no merges: it joins any two neighbours
-    that spell a token, the one of lowest rank first. That equals the merges if each token is made of tokens
-    made before it; a token without a merge (only with ignore_merges) must not be spelled by two others.
+    that spell a token, the one of lowest rank first. That equals the merges of a list that was learned, in
+    which each token is made of tokens made before it (checked) and comes out of its own text (not checked).
+    A token without a merge (only with ignore_merges) must not be spelled by two others.
     """
     halves = {}
     for merge in model["merges"]:
@@ -496,8 +497,6 @@ CHAT_TEMPLATE = (
     "{{ message['content'] | trim }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
 ROLES = ("system", "user", "assistant")
 
 
