@@ -448,7 +448,8 @@ def read_prompts(path):
             check_messages(record.get("messages") or [{"role": "user", "content": record["prompt"]}])
             if taken := {"line", "completion", "system", "tools"} & record.keys():
                 raise ValueError(f"{min(taken)!r} is a field of the answer, or not read here: leave it out")
-            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair cannot be written
+            # Half a surrogate pair cannot be written, and NaN is not JSON.
+            json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
         except (AttributeError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: {error!s:.150}") from None
         records[number] = record
@@ -498,7 +499,7 @@ def answer_file(model, tokenizer, path, output, batch_size, stops, seed, **setti
         raise ValueError(f"{output} is not a file")
     records, answers, start = read_prompts(path), read_answers(output), time.perf_counter()
     for number, answer in answers.items():
-        if number not in records or json.dumps(answer) != json.dumps(answer | records[number]):  # NaN != NaN
+        if number not in records or answer != answer | records[number]:
             raise ValueError(f"{output} (or a .part file) answers other prompts than {path}: choose another")
     prompts = {number: prompt_of(record, tokenizer) for number, record in records.items()}
     if too_long := sum(len(prompt) > context for prompt in prompts.values()):

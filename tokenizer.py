@@ -331,8 +331,10 @@ class Tokenizer:
         self.document, self.config = document, config or {}
         self.special_tokens, literals = {}, {}
         for token in added:
-            is_special = token["special"] or token["content"] in CHAT_TOKENS
-            (self.special_tokens if is_special else literals)[token["content"]] = token["id"]
+            if token["special"] or token["content"] in CHAT_TOKENS:
+                self.special_tokens[token["content"]] = token["id"]
+            else:
+                literals[token["content"]] = token["id"]
 
         byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
 
@@ -435,7 +437,10 @@ class Tokenizer:
             parts = [piece for part in parts for piece in ([part] if part in literals else step(part))]
         ids = [np.int64([])]
         for part in parts:
-            ids.append([literals[part]] if part in literals else self._encode_part(part))
+            if part in literals:
+                ids.append([literals[part]])
+            else:
+                ids.append(self._encode_part(part))
         return np.concatenate(ids)
 
     def _encode_part(self, part):
@@ -527,9 +532,11 @@ def render(tokenizer, messages, add_generation_prompt=False, opening=True):
     start, end = (tokenizer.special_tokens[name] for name in CHAT_TOKENS)
     ids = []
     if opening:
-        _, alone, before_system = tokenizer.chat_layout
-        has_system = messages and messages[0]["role"] == "system"
-        ids += before_system if has_system else alone
+        _, before_turns, before_system = tokenizer.chat_layout
+        if messages and messages[0]["role"] == "system":
+            ids += before_system
+        else:
+            ids += before_turns
     mask = [False] * len(ids)
     for message in messages:
         header = [start, *tokenizer.encode(message["role"] + "\n")]
@@ -546,6 +553,16 @@ def render(tokenizer, messages, add_generation_prompt=False, opening=True):
     return ids, mask
 
 
+def fill_template(template, values):
+    """What a chat template writes, which is a program in the language Jinja."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # torch brings it
+
+    program = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # a mark that only training reads
+    extensions = ["jinja2.ext.loopcontrols"]
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    return jinja.from_string(program).render(values)
+
+
 def read_chat_layout(tokenizer):
     """(template, ids before the first turn, ids before a system message) of a model's chats.
 
@@ -556,24 +573,20 @@ def read_chat_layout(tokenizer):
     template = tokenizer.config.get("chat_template", CHAT_TEMPLATE)
     if template == CHAT_TEMPLATE:
         return template, [], []
-    from jinja2.sandbox import ImmutableSandboxedEnvironment  # comes with torch
-
-    program = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # a mark that only training reads
-    extensions = ["jinja2.ext.loopcontrols"]
-    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     special = "|".join(map(re.escape, tokenizer.special_tokens))
     system, *turns = [dict(role=role, content="a text") for role in (*ROLES, "user")]
     openings = []
     for messages in (turns, [system, *turns]):
+        ids, _ = render(tokenizer, messages, add_generation_prompt=True, opening=False)
+        ours = tokenizer.decode(ids)
         values = dict(tokenizer.config, messages=messages, add_generation_prompt=True)
-        ours = jinja.from_string(CHAT_TEMPLATE).render(values)
         try:
-            theirs = jinja.from_string(program).render(values)
-        except Exception as error:  # a template is a program and may fail in any way
+            theirs = fill_template(template, values)
+        except Exception as error:  # a program of others may fail in any way, also for want of Jinja
             theirs = f"an error: {error}"
         if not theirs.endswith(ours):
-            text = "the model's own chat template is not ChatML, so it may answer badly; it writes"
-            warnings.warn(f"{text} {theirs!r:.150}", stacklevel=4)
+            text = "the model's own chat template is not ChatML: ChatML is used, and it may answer badly"
+            warnings.warn(f"{text}; the template writes {theirs!r:.150}", stacklevel=4)
             return CHAT_TEMPLATE, [], []
         opening = []
         for piece in re.split(f"({special})", theirs.removesuffix(ours)):
@@ -598,6 +611,12 @@ def with_chat_tokens(tokenizer):
 
 
 # --- command line ---
+
+
+def print_any_character():
+    r"""Print characters that the terminal does not have as \u..., instead of failing."""
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not, and needs none
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def visible(token):
@@ -646,7 +665,7 @@ def main():
     look.add_argument("file", help="a tokenizer.json")
     look.add_argument("text", help="the text to cut into tokens")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal has every character
+    print_any_character()
     if args.command == "show":
         show(Tokenizer.load(args.file), args.text)
         return

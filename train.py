@@ -39,6 +39,7 @@ from torch import nn
 from data.loader import IGNORED, Blocks, find_data, load_data, validation_batches
 from model import PRESETS, Config, Transformer, choose_device, fast_dtype, is_out_of_memory, matmul_rate
 from sample import OUT, find_unused_ids, generate, positive_float, positive_int, seed_number
+from tokenizer import print_any_character
 
 DEFAULT_MINUTES = 3
 CONSTANT_SHARE = 0.4  # of a run, after which the learning rate falls
@@ -1182,7 +1183,7 @@ def main():
 
 def run(main):
     """Run a script's main(): a user's mistake ends in one line on stderr and exit status 2, Ctrl-C in 130."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal has every character
+    print_any_character()
     try:
         status = main()
         leave_processes()

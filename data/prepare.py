@@ -43,6 +43,7 @@ from tokenizer import (  # noqa: E402
     Tokenizer,
     map_batches,
     mend_surrogates,
+    print_any_character,
 )
 
 DATA = ROOT / "data"
@@ -399,7 +400,7 @@ def main():
     add("--tokenizer", metavar="FILE", help="use this tokenizer.json instead of learning a vocabulary")
     add("--field", default="text", help="where the text is in the objects of a .jsonl file (text)")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal has every character
+    print_any_character()
     if args.tokenizer and args.vocab_size:
         raise ValueError("--tokenizer brings its own vocabulary: leave out --vocab-size")
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None

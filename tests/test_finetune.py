@@ -869,6 +869,14 @@ def test_a_folder_whose_tokenizer_has_more_ids_than_the_model_has_rows_grows(tok
         )
 
 
+def test_a_damaged_end_of_text_is_refused_before_training(base, chat, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base/generation_config.json").write_text('{"eos_token_id": 99999}')
+    with pytest.raises(ValueError, match="generation_config.json is damaged"):
+        run_here("--model", tmp_path / "base", "--examples", chat, *SHORT, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_saved_folder_makes_batches_in_transformers(tokenizer, base):
     theirs = transformers.AutoTokenizer.from_pretrained(base)
     texts = ["the cat", "the cat sat on the mat"]
@@ -900,6 +908,8 @@ def test_without_options_the_newest_base_model_is_taught_the_small_tasks(
     with pytest.raises(ValueError, match="no base model under out/ yet: run `python train.py`"):
         run_here("--steps", 1)
     shutil.copytree(base, out / "newest")
+    shutil.copytree(base, out / "of another program")  # newer, but with a tokenizer of another kind
+    (out / "of another program/tokenizer.json").write_text('{"model": {"type": "Unigram"}}')
     ends = [tokenizer.special_tokens[END]]
     Transformer.load(base).save(out / "speaks", tokenizer, end_ids=ends)  # newer, but not a base model
     printed = run_here("--steps", 2, *SHORT[:4])

@@ -708,7 +708,11 @@ def test_lines_of_a_text_file_are_prompts(tmp_path):
         '{"messages": ["x"]}',
         '{"messages": [{"role": "tool", "content": ""}]}',
     ]
-    + ['{"prompt": "half a pair \\ud83d"}', '{"prompt": "x", "completion": "mine"}'],
+    + [
+        '{"prompt": "x", "score": NaN}',
+        '{"prompt": "half a pair \\ud83d"}',
+        '{"prompt": "x", "completion": "mine"}',
+    ],
 )
 def test_a_bad_line_is_named_before_anything_is_answered(tmp_path, line):
     (tmp_path / "bad.jsonl").write_text(f'{{"prompt": "x"}}\n{line}\n')
@@ -808,6 +812,24 @@ def test_a_mistake_ends_in_one_line_and_status_2(folder, arguments, message, mon
         runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
     assert end.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_full_memory_ends_in_one_line_and_status_2(folder, monkeypatch, capsys):
+    def fail(*arguments):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr("model.KVCache.__init__", fail)
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--model", str(folder)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: DefaultCPUAllocator: can't allocate")
+
+
+def test_a_chat_does_not_allocate_all_of_a_long_context(long_model, tokenizer):
+    long_model.config.block_size = 10**9
+    assert Chat(long_model, tokenizer).cache.max_len == 8192
 
 
 def test_without_a_model_the_command_that_makes_one_is_named(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """What tokenizer.py promises: exact merges, lossless text, and a file that the ecosystem reads and writes."""
 
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -712,6 +713,15 @@ def test_a_damaged_file_beside_the_tokenizer_is_named(tmp_path, tokenizer):
         (tmp_path / "tokenizer_config.json").write_text(damaged)
         with pytest.raises(ValueError, match="tokenizer_config.json is damaged"):
             Tokenizer.load(tmp_path / "tokenizer.json")
+
+
+def test_templates_are_read_by_what_torch_installs_and_without_it_a_warning_says_so(tokenizer, monkeypatch):
+    assert any(line.lower().startswith("jinja2") for line in importlib.metadata.requires("torch"))
+    monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
+    with pytest.warns(UserWarning, match="jinja2"):
+        assert render(Tokenizer(tokenizer.document, {"chat_template": FIRST_TOKEN}), MESSAGES) == render(
+            tokenizer, MESSAGES
+        )
 
 
 @pytest.mark.parametrize("kind", DIFFERS)
