@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import io
 import math
 import os
 import resource
@@ -896,6 +897,15 @@ def test_a_mistake_is_named(prepared, arguments, message):
     with pytest.raises((ValueError, argparse.ArgumentError)) as error:
         run_here(*arguments)
     assert message in str(error.value)
+
+
+def test_a_name_that_the_terminal_cannot_show_stops_no_run(monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", output)
+    with pytest.raises(SystemExit) as end:
+        stage.run(lambda: print("out/语料"))
+    output.flush()
+    assert not end.value.code and output.buffer.getvalue() == b"out/\\u8bed\\u6599\n"
 
 
 def test_a_mistake_ends_in_one_line_and_status_2(prepared):
