@@ -1,11 +1,13 @@
-r"""Stage 5: fine-tuning. A base model continues text; here it learns to answer, then to prefer.
+r"""Stage 5: fine-tuning. A base model continues text; here it learns to answer, to prefer, and by trying.
 
     <|im_start|>user\nList the arguments of: def f(a, b):<|im_end|>\n<|im_start|>assistant\na, b<|im_end|>
                                                                                             ^^^^^^^^^^^^^^
 The loss is that of pretraining, but only over what the assistant says (marked). The loop is in `tune`.
-On a first reading, skip "LoRA", which trains other weights, and "preferences", which has another loss.
+On a first reading, skip "LoRA", which trains other weights, and "preferences" and "rewards", which have other
+losses.
 
     python finetune.py                          teach the newest base model small tasks, and measure it
+    python finetune.py --method rl              let the newest chat model try, and learn from what was right
     python finetune.py --model DIR --examples chat.jsonl --lora-rank 8
     python finetune.py --model DIR --examples pairs.jsonl --method dpo
     python finetune.py --resume                 continue the newest run exactly where it stopped
@@ -31,7 +33,16 @@ from data.examples import Examples, hold_out, read_examples
 from data.loader import IGNORED, Blocks, Data
 from data.prepare import DATA
 from model import Transformer, is_fast, replace_files, save_safetensors
-from sample import OUT, end_ids, find_unused_ids, generate, positive_float, positive_int
+from sample import (
+    OUT,
+    end_ids,
+    find_unused_ids,
+    generate,
+    make_cache,
+    positive_float,
+    positive_int,
+    prefill,
+)
 from tokenizer import Tokenizer, render, with_chat_tokens
 from train import (
     CONSTANT_SHARE,
@@ -72,6 +83,7 @@ from train import (
     show,
     show_steps,
     start,
+    step_seed,
     sum_over_processes,
     training_step,
 )
@@ -80,6 +92,7 @@ EPOCHS = 3  # or 3 minutes, whichever ends first, unless one of them is asked fo
 N_SHOWN = 5  # answers of each channel in the report
 REPLAY = 0.3  # with 0.1, the model forgot more than twice as much
 REPLAYED = "(replay)"  # the channel of replayed text
+DEV_BATCHES = 4  # of questions, with which --method rl is evaluated
 
 
 @dataclass
@@ -94,6 +107,7 @@ class TuneSettings(Settings):
     lora_rank: int = 0  # 0: all weights learn
     lora_alpha: float = 0.0
     beta: float = 0.1
+    n_answers: int = 1  # drawn to each question by the method rl
     n_replay: int = 0  # rows of a batch, over all processes, that are the base model's own text
 
 
@@ -180,7 +194,7 @@ def save_adapter(folder, weights, rank, alpha, base):
 # p is the model that learns, p0 the one that it started as. No reward is modelled and nothing is sampled: the
 # odds of the chosen answer against the rejected one are raised, and beta is the price of leaving p0.
 
-MEASURES = ("loss", "margin", "accuracy", "log_p_chosen", "log_p_rejected")  # of a pair
+PAIR_MEASURES = ("loss", "margin", "accuracy", "log_p_chosen", "log_p_rejected")
 
 
 def log_probs(model, ids, targets):
@@ -192,7 +206,7 @@ def log_probs(model, ids, targets):
 
 
 def measure_preference(log_p, references, beta):
-    """log p of chosen and rejected answers under p and under p0, (n, 2) each -> MEASURES (n, 5)."""
+    """log p of chosen and rejected answers under p and under p0, (n, 2) each -> PAIR_MEASURES (n, 5)."""
     chosen, rejected = (log_p - references).unbind(1)
     margin = beta * (chosen - rejected)
     measures = (-F.logsigmoid(margin), margin, (margin > 0).float(), log_p[:, 0], log_p[:, 1])
@@ -208,7 +222,7 @@ class PreferenceLoss(nn.Module):
         self.reference = copy.deepcopy(model).requires_grad_(False)
 
     def forward(self, ids, targets):
-        """ids, targets (n, 2, T): chosen, rejected -> the summed loss and, detached, MEASURES (n, 5)."""
+        """ids, targets (n, 2, T): chosen, rejected -> the summed loss and, detached, PAIR_MEASURES (n, 5)."""
         both = ids.flatten(0, 1), targets.flatten(0, 1)  # (2n, T)
         log_p = log_probs(self.model, *both).view(-1, 2)
         with torch.no_grad():
@@ -224,25 +238,32 @@ class PreferenceLoss(nn.Module):
 # reads its own answer, takes the likeliest token each time, and one wrong character makes an answer wrong.
 
 
+def prompt_of(tokenizer, example):
+    """The ids of an example's question, up to where its answer begins."""
+    return render(tokenizer, example.question, add_generation_prompt=True)[0]
+
+
+def complete(model, tokenizer, prompts, max_new_tokens, **settings):
+    """What generate writes after each prompt, as a list of ids, without the one that ended it."""
+    unused = find_unused_ids(model, tokenizer)
+    steps = list(generate(model, prompts, max_new_tokens, unused_ids=unused, **settings))
+    return [[step[row] for step in steps if step[row] is not None] for row in range(len(prompts))]
+
+
 def answer(model, tokenizer, examples, batch_size=64):
     """The likeliest answers to the questions of examples, as a list of str."""
-    prompts = [render(tokenizer, example.question, add_generation_prompt=True)[0] for example in examples]
+    prompts = [prompt_of(tokenizer, example) for example in examples]
     longest = max((len(tokenizer.encode(example.answer)) for example in examples), default=0) + 8
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    stop_ids, answers = set(tokenizer.special_tokens.values()), {}
+    stop_ids, answers = set(tokenizer.special_tokens.values()), [""] * len(prompts)
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
-        steps = generate(
-            model,
-            [prompts[i] for i in batch],
-            longest,
-            stop_ids=stop_ids,
-            temperature=0,
-            unused_ids=find_unused_ids(model, tokenizer),
-        )
-        for row, i in zip(zip(*steps), batch):
-            answers[i] = tokenizer.decode([new for new in row if new is not None])
-    return [answers.get(i, "") for i in range(len(prompts))]  # a batch that ends at once yields no step
+        asked = [prompts[i] for i in batch]
+        for i, ids in zip(
+            batch, complete(model, tokenizer, asked, longest, stop_ids=stop_ids, temperature=0)
+        ):
+            answers[i] = tokenizer.decode(ids)
+    return answers
 
 
 def is_right(example, text):
@@ -278,15 +299,32 @@ def yardsticks(examples, test):
     return {"most_frequent": exact_match(test, frequent), "rule": exact_match(ruled, answers)}
 
 
-def report(material, before, after, out):
+def base_shares(folder, counts):
+    """What exact_match gave for the base of a chat model, by its results.json; counts: test questions."""
+    try:
+        figures = json.loads((Path(folder) / "results.json").read_bytes())["exact_match"]
+        return {
+            channel: figures[channel]["base"] for channel, n in counts.items() if figures[channel]["n"] == n
+        }
+    except (OSError, ValueError, LookupError, TypeError):  # another program's, or of another test
+        return {}
+
+
+def report(material, before, after, settings, out):
     """Print the share of right answers by channel, and examples; write the figures to results.json.
 
     before, after: what `measure` gives.
     """
-    test, answers = material.test, {"base": before["answers"], "tuned": after["answers"]}
-    shares = {name: exact_match(test, texts) for name, texts in answers.items()}
+    test, counts = material.test, Counter(example.channel for example in material.test)
+    if settings.method == "rl":
+        answers = {"tuned": before["answers"], "rewarded": after["answers"]}
+        shares = {"base": base_shares(settings.base, counts)}
+    else:
+        answers = {"base": before["answers"], "tuned": after["answers"]}
+        shares = {}
+    shares.update({name: exact_match(test, texts) for name, texts in answers.items()})
+    macros = {name: macro(found) for name, found in shares.items()}
     shares.update(yardsticks(material.train.examples, test))
-    counts = Counter(example.channel for example in test)
     figures = {}
     for channel in sorted(counts):
         figures[channel] = {name: shares[name][channel] for name in shares if channel in shares[name]}
@@ -297,39 +335,145 @@ def report(material, before, after, out):
     for channel, row in figures.items():
         cells = [f"{row[name]:15.3f}" if name in row else " " * 15 for name in shares]
         print(f"{channel:16}{row['n']:10,}" + "".join(cells))
-    macros = {name: macro(shares[name]) for name in answers}
-    if len(figures) > 1 and None not in macros.values():
-        print(f"{'macro':26}" + "".join(f"{value:15.3f}" for value in macros.values()))
+    if len(figures) > 1:
+        cells = [" " * 15 if value is None else f"{value:15.3f}" for value in macros.values()]
+        print(f"{'macro':26}" + "".join(cells))
     for channel in figures:
         for i in [i for i, example in enumerate(test) if example.channel == channel][:N_SHOWN]:
             print(f"\n  {test[i].question[-1]['content']}")
             for name, texts in answers.items():
                 verdict = "right" if is_right(test[i], texts[i]) else "wrong"
-                print(f"    {name:6} {verdict}  {texts[i][:90]!r}")
+                print(f"    {name:8} {verdict}  {texts[i][:90]!r}")
     questions = {example.channel: example.question[-1]["content"] for example in reversed(test)}
     bpb = {"before": before["bpb"], "after": after["bpb"]}
-    results = {"exact_match": figures, "macro": macros["tuned"], "bpb": bpb, "questions": questions}
+    results = {"exact_match": figures, "macro": [*macros.values()][-1], "bpb": bpb, "questions": questions}
     (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+# --- rewards: learn from answers of one's own (REINFORCE: Williams, 1992) ---
+#
+#     loss = -mean of (reward - baseline) log p(answer), over all answers
+#
+# The model draws G answers to each question. The baseline of an answer is the mean reward of the other G - 1
+# (Kool et al., 2019; Ahmadian et al., 2024): what is better than those becomes likelier, what is worse less
+# likely, and where all are equal nothing is learned. Descending this loss raises the mean reward itself.
+#
+# PPO makes many updates with the same answers: it needs the ratio of p to what p was, clipped, and it learns
+# its baseline with a second network. GRPO has the same ratio, takes the mean of the whole group, divides by
+# its deviation, and adds a penalty for leaving the first model. Here each answer is used once, so the ratio
+# is 1, and replayed text stands in for the penalty.
+
+
+def reward(example, text):
+    """How good a text is as the answer to an example's question. Edit it to teach something else."""
+    return float(is_right(example, text))
+
+
+def advantages(rewards):
+    """rewards (P, G) -> each one minus the mean of the other G - 1 of its row."""
+    others = rewards.sum(1, keepdim=True) - rewards
+    return rewards - others / (rewards.size(1) - 1)
+
+
+@torch.no_grad()
+def draw_answers(model, tokenizer, examples, indices, G, seed):
+    """Draw G answers at temperature 1 to each question of Examples at P indices.
+
+    Returns ids and targets (P G, T), channels (P G,) and rewards (P, G). An answer may be 8 tokens longer
+    than the longest of these examples; one that is cut off there earns 0.
+    """
+    asked = [examples.examples[i] for i in indices for _ in range(G)]
+    prompts = [prompt_of(tokenizer, example) for example in asked]
+    longest = max(map(len, prompts))
+    room = 8 + max(int(mask.sum()) for i in indices for _, mask in examples.rows[i])
+    room = min(room, examples.block_size + 1 - longest)
+    cache = make_cache(model, len(indices), longest + room)
+    prefill(model, cache, [prompt[:-1] for prompt in prompts[::G]])  # each question is read once
+    rows = torch.arange(len(asked)) // G
+    cache.k, cache.v, cache.lengths = cache.k[:, rows], cache.v[:, rows], cache.lengths[rows]
+    im_end, last = tokenizer.special_tokens["<|im_end|>"], [prompt[-1:] for prompt in prompts]
+    settings = dict(seed=seed, temperature=1.0, top_p=1.0, stop_ids={im_end}, cache=cache)
+    answers = complete(model, tokenizer, last, room, **settings)
+    T = min(-(-(longest + room) // 8) * 8, examples.block_size)  # see Examples.lengths
+    ids, targets = torch.zeros(len(asked), T, dtype=torch.long), torch.full((len(asked), T), IGNORED)
+    rewards = torch.zeros(len(asked))
+    for row, (example, prompt, said) in enumerate(zip(asked, prompts, answers)):
+        if len(said) < room:  # it has ended
+            rewards[row] = reward(example, tokenizer.decode(said))
+            said.append(im_end)
+        begin, end = len(prompt) - 1, len(prompt) - 1 + len(said)
+        ids[row, :end] = torch.tensor(prompt + said[:-1])
+        targets[row, begin:end] = torch.tensor(said)
+    channels = torch.tensor([examples.channels.index(example.channel) for example in asked])
+    return ids, targets, channels, rewards.view(-1, G)
+
+
+def merge_equal(ids, targets, weights):
+    """Rows with weights (n,) -> the different ones, with the sums of their weights. The loss is the same.
+
+    Those whose weight is 0 are left out, but for a few: the number of rows is a multiple of 8.
+    """
+    different, row_of = torch.cat((ids, targets), 1).unique(dim=0, return_inverse=True)
+    weights = weights.new_zeros(len(different)).index_add(0, row_of, weights)
+    n = int((weights.abs() > 1e-6).sum())
+    heaviest = weights.abs().argsort(descending=True)[: 8 * max(1, -(-n // 8))]
+    ids, targets = different[heaviest].chunk(2, dim=1)
+    return ids, targets, weights[heaviest]
+
+
+# Where rewards are 0 or 1, the mean of "reward" is pass@1, and that of "best", of each group, is pass@G.
+REWARD_MEASURES = ("loss", "reward", "best", "signal", "length")
+
+
+def measure_rewards(rewards, targets):
+    """Rewards (P, G) and targets (P G, T) -> REWARD_MEASURES (P G, 5). signal: rewards of a group differ."""
+    best = rewards.amax(1, keepdim=True).expand_as(rewards)
+    signal = (rewards.amin(1, keepdim=True) < best).float()
+    lengths = count_targets(targets).view_as(rewards)
+    return torch.stack((1 - rewards, rewards, best, signal, lengths), -1).flatten(0, 1)
+
+
+class RewardLoss(nn.Module):
+    """REINFORCE's loss as a module, see NextTokenLoss."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, targets, weights):
+        """ids, targets (n, T), weights (n,) -> minus the weighted sum of log p and, detached, -log p (n,)."""
+        nats = -log_probs(self.model, ids, targets)
+        return (weights * nats).sum(), nats.detach()
 
 
 # --- the base model and the material ---
 
 
-def newest_base():
-    """The folder under out/ whose model was saved last, of those that do not chat."""
+def newest_model(chats):
+    """The folder under out/ whose model was saved last, of those that chat, before any rewards, or do not."""
     for path in sorted(OUT.glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True):
         with suppress(ValueError, OSError):  # a folder of another program that cannot be opened
             tokenizer = Tokenizer.load(path.parent / "tokenizer.json")
-            if tokenizer.special_tokens.get("<|im_end|>") not in end_ids(path.parent, tokenizer):
+            im_end = tokenizer.special_tokens.get("<|im_end|>")
+            rewarded = saved_run(path.parent).get("settings", {}).get("method") == "rl"
+            if (im_end in end_ids(path.parent, tokenizer)) == chats and not rewarded:
                 return path.parent
-    raise ValueError("there is no base model under out/ yet: run `python train.py`, or name one with --model")
+    kind, script = ("chat", "finetune.py") if chats else ("base", "train.py")
+    raise ValueError(
+        f"there is no {kind} model under out/ yet: run `python {script}`, or name one with --model"
+    )
+
+
+def saved_run(folder):
+    """The saved state of the run that trained a model; {}: there is none."""
+    if not Path(folder, STATE).exists():
+        return {}
+    return read_state(Path(folder), mmap=True)
 
 
 def data_of(base):
     """The name of the data that a model was trained on; None: it does not say, or the data is not there."""
-    if not Path(base, STATE).exists():
-        return None
-    name = read_state(Path(base), mmap=True).get("data")
+    name = saved_run(base).get("data")
     return name if name and (DATA / name / "meta.json").exists() else None
 
 
@@ -386,9 +530,10 @@ def read_material(settings):
     else:
         train, dev, test = (read_examples(tasks.FOLDER / f"{split}.jsonl") for split in tasks.SIZES)
     shape = (settings.block_size, settings.batch_size - settings.n_replay, settings.seed)
-    train = Examples(train, tokenizer, *shape)
+    whole = settings.method == "rl"  # what does not fit cannot be answered
+    train = Examples(train, tokenizer, *shape, whole)
     try:
-        dev = Examples(dev, tokenizer, *shape) if dev else None
+        dev = Examples(dev, tokenizer, *shape, whole) if dev else None
     except ValueError:  # all of them are too long
         dev = None
     show("examples", train)
@@ -425,7 +570,8 @@ def parse_arguments():
     what.add_argument("--model", metavar="DIR", help="where to start (the newest base model under out/)")
     what.add_argument("--examples", metavar="FILE", help=".jsonl of conversations (small tasks)")
     what.add_argument("--test", metavar="FILE", help=".jsonl of questions with one right answer, to count")
-    what.add_argument("--method", choices=("sft", "dpo"), default="sft", help="dpo: learn from preferences")
+    method_help = "dpo: learn from preferences; rl: from rewards for answers of its own (sft: from examples)"
+    what.add_argument("--method", choices=("sft", "dpo", "rl"), default="sft", help=method_help)
     what.add_argument("--data", metavar="NAME", help="what the model was trained on (as it says itself)")
     what.add_argument("--dry-run", action="store_true", help="show an example as it is learned, and stop")
     limit = add_common_arguments(parser)
@@ -436,6 +582,7 @@ def parse_arguments():
     how.add_argument("--lora-rank", type=positive_int, metavar="R", help="learn an update of rank R only")
     how.add_argument("--lora-alpha", type=positive_float, help="the update is scaled by alpha / R (2 R)")
     how.add_argument("--beta", type=positive_float, help="dpo: the price of leaving the base model (0.1)")
+    how.add_argument("--answers", type=positive_int, metavar="G", help="rl: drawn to each question (8)")
     how.add_argument("--lr", type=positive_float, help="learning rate of AdamW (by the model's width)")
     args = parser.parse_args()
     refuse_with_resume(args, parser)
@@ -445,9 +592,11 @@ def parse_arguments():
         raise ValueError("--test goes with --examples: the small tasks have a test of their own")
     if args.lora_alpha and not args.lora_rank:
         raise ValueError("--lora-alpha goes with --lora-rank")
-    useless = "replay" if args.method == "dpo" else "beta"
-    if getattr(args, useless) is not None:
-        raise ValueError(f"--{useless} is of no use with --method {args.method}")
+    for option, methods in {"replay": ("sft", "rl"), "beta": ("dpo",), "answers": ("rl",)}.items():
+        if getattr(args, option) is not None and args.method not in methods:
+            raise ValueError(f"--{option} is of no use with --method {args.method}")
+    if args.answers == 1:
+        raise ValueError("--answers 1 leaves nothing to compare an answer with: 2 or more")
     return args
 
 
@@ -461,19 +610,22 @@ def choose_settings(args, base, config, device):
     lr = 2e-3 * (192 / config.n_embd) ** 1.5
     if rank:
         lr *= 3
-    if args.method == "dpo":
+    if args.method != "sft":
         lr *= 0.1
     n_replay = 0
-    if args.method == "sft":
+    if args.method != "dpo":
         replay = REPLAY if args.replay is None else args.replay
         n_replay = round(batch_size * replay / world) * world
     if batch_size - n_replay < world:
         raise ValueError(f"--batch-size {batch_size} leaves no room for examples beside {n_replay} of replay")
+    n_answers = 1
+    if args.method == "rl":
+        n_answers = args.answers or 8
     return TuneSettings(
         seed=args.seed or 0,
         block_size=min(args.block_size or 1024, config.block_size),
         batch_size=batch_size,
-        micro_batch=math.ceil(batch_size / world),
+        micro_batch=math.ceil(batch_size / world) * n_answers,
         lr=args.lr or float(f"{lr:.1e}"),
         dtype=args.dtype or choose_dtype(device),
         device=device,
@@ -487,6 +639,7 @@ def choose_settings(args, base, config, device):
         lora_rank=rank,
         lora_alpha=args.lora_alpha or 2.0 * rank,
         beta=args.beta or 0.1,
+        n_answers=n_answers,
         n_replay=n_replay,
         **schedule_settings(args),
     )
@@ -517,7 +670,10 @@ def show_plan(settings, material, model):
     n_learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     show("model", f"{os.path.relpath(settings.base)}: {n_learning:,} of {n:,} parameters learn")
     show("device", f"{settings.device} with {torch.get_num_threads()} threads; {settings.dtype} products")
-    if settings.method == "sft":
+    if settings.method == "rl":
+        n_questions = settings.batch_size - settings.n_replay
+        show("answers", f"{n_questions} questions a step, {settings.n_answers} answers drawn to each")
+    if settings.method != "dpo":
         replay = "none: the text of the base model is not known (--data), so it may forget"
         if material.data:
             share = settings.n_replay / settings.batch_size
@@ -580,10 +736,12 @@ def averages(split, measures, channels, sums):
     return values
 
 
-def shown(values, split, channels):
-    """The losses of the channels as a line for the screen."""
-    losses = [(name, values[f"{split}_loss {name}"]) for name in channels]
-    return "; ".join(f"{name} {loss:.3f}" for name, loss in losses if loss is not None)
+def shown(values, split, measures, channels):
+    """The measures of a method as a line for the screen; where only the loss is measured, by channels."""
+    parts = [(name, values[f"{split}_{name}"]) for name in measures[1:]]
+    if not parts:
+        parts = [(name, values[f"{split}_loss {name}"]) for name in channels]
+    return "; ".join(f"{name} {value:.3f}" for name, value in parts if value is not None)
 
 
 @torch.no_grad()
@@ -603,6 +761,30 @@ def evaluate(objective, measures, material, settings):
     return averages("val", measures, dev.channels, sum_over_processes(sums))
 
 
+@torch.no_grad()
+def evaluate_rewards(objective, measures, material, settings):
+    """{column of the log: value} of answers to some questions that are held out, always the same.
+
+    val_entropy, in nats for each token, is estimated by -log p of the tokens that were drawn.
+    """
+    rank, world = rank_and_world()
+    dev, model, G = material.dev, objective.model, settings.n_answers
+    sums, nats = torch.zeros(len(dev.channels), 1 + len(measures), dtype=torch.float64), 0.0
+    batches = dev.by_length(dev.batch_size)
+    distance = -(-len(batches) // DEV_BATCHES)
+    for k in list(range(distance // 2, len(batches), distance))[rank::world]:
+        ids, targets, channels, rewards = draw_answers(model, material.tokenizer, dev, batches[k], G, seed=k)
+        batch = ids, targets, torch.ones(len(ids))
+        with autocast(settings):
+            loss, _ = objective(*(tensor.to(settings.device) for tensor in batch))
+        nats += loss.item()
+        sums.index_add_(0, channels, F.pad(measure_rewards(rewards, targets), (1, 0), value=1.0).double())
+    sums = sum_over_processes(sums)
+    values = averages("val", measures, dev.channels, sums)
+    values["val_entropy"] = sum_over_processes(nats) / sums[:, -1].sum().item()  # the last are lengths
+    return values
+
+
 def read_batch(step, examples, blocks, settings):
     """This process's ids, targets and channels of a step; with blocks, the last channel is replayed text."""
     rank, world = rank_and_world()
@@ -616,6 +798,25 @@ def read_batch(step, examples, blocks, settings):
     return ids, targets, torch.cat((channels, replayed))
 
 
+def draw_batch(step, examples, blocks, model, tokenizer, settings):
+    """This process's step of rewards: (ids, targets, weights) to learn, REWARD_MEASURES and channels."""
+    rank, world = rank_and_world()
+    number, i = divmod(step, examples.per_epoch)
+    indices = examples.epoch(number)[i]
+    indices = indices[rank::world] or indices[:1]
+    seed = step_seed(settings, step)
+    *rows, channels, rewards = draw_answers(model, tokenizer, examples, indices, settings.n_answers, seed)
+    measures = measure_rewards(rewards, rows[1])
+    ids, targets, weights = merge_equal(*rows, advantages(rewards).flatten())
+    if blocks is not None:  # the mean loss of replayed text, times its share of the batch
+        T = ids.size(1)
+        more_ids, more_targets = blocks.batch(step, settings.n_replay, rank, world)
+        weight = settings.n_replay / settings.batch_size * rewards.numel() / (len(more_ids) * T)
+        ids, targets = torch.cat((ids, more_ids[:, :T])), torch.cat((targets, more_targets[:, :T]))
+        weights = torch.cat((weights, torch.full([len(more_ids)], weight)))
+    return (ids, targets, weights), measures, channels
+
+
 def tune(settings, material, model, out, fixed, state=None):
     """Fine-tune a model from its first step or, given the saved state of a run, from there on.
 
@@ -627,17 +828,22 @@ def tune(settings, material, model, out, fixed, state=None):
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     optimizer.param_groups[0]["initial_lr"] = settings.lr
+    measures, evaluation = ("loss",), evaluate
     if settings.method == "dpo":  # also of a resumed run, the model is still the base model here
-        measures, objective = MEASURES, PreferenceLoss(model, settings.beta)
+        measures, objective = PAIR_MEASURES, PreferenceLoss(model, settings.beta)
+    elif settings.method == "rl":
+        measures, objective, evaluation = REWARD_MEASURES, RewardLoss(model), evaluate_rewards
     else:
-        measures, objective = ("loss",), NextTokenLoss(model)
+        objective = NextTokenLoss(model)
     blocks, channels = None, examples.channels
     if settings.n_replay:
         blocks = Blocks(material.data.train, settings.block_size, settings.seed)
-        channels = [*channels, REPLAYED]
-    question = (material.test or examples.examples)[0].question
-    prompt, _ = render(tokenizer, question, add_generation_prompt=True)
+        if settings.method == "sft":
+            channels = [*channels, REPLAYED]
+    prompt = prompt_of(tokenizer, (material.test or examples.examples)[0])
     *longest, _ = examples.tensors(examples.by_length(1)[-1] * settings.micro_batch)
+    if settings.method == "rl":
+        longest.append(torch.zeros(settings.micro_batch))
     fit_micro_batch(objective, longest, settings)
 
     step, tokens, seconds, best = 0, 0, 0.0, math.inf
@@ -653,6 +859,8 @@ def tune(settings, material, model, out, fixed, state=None):
     columns = [f"train_{name}" for name in measures[1:]] + [f"train_loss {name}" for name in channels]
     if dev:
         columns += [f"val_{name}" for name in measures] + [f"val_loss {name}" for name in dev.channels]
+        if settings.method == "rl":
+            columns.append("val_entropy")
     # The passes are forward, backward to the inputs and, if all weights learn, backward to the weights.
     n_passes = 2 if settings.lora_rank else 3
     log = Log(out, n_passes * model.config.flops_per_token(settings.block_size), settings, columns)
@@ -661,10 +869,16 @@ def tune(settings, material, model, out, fixed, state=None):
     with catch_signals() as stop_asked:
         while step != settings.steps and not stop:
             lr_scale = learning_rate(step, pace.done, settings)
-            ids, targets, channel = read_batch(step, examples, blocks, settings)
-            counts = count_targets(targets)
-            n_targets, n_tokens = sum_over_processes(torch.tensor([counts.sum(), ids.numel()])).tolist()
-            rows, norm = training_step(wrapped, [optimizer], (ids, targets), n_targets, lr_scale, settings)
+            if settings.method == "rl":
+                batch, drawn, channel = draw_batch(step, examples, blocks, model, tokenizer, settings)
+                counts = torch.ones(len(drawn), dtype=torch.long)
+            else:
+                *batch, channel = read_batch(step, examples, blocks, settings)
+                counts = count_targets(batch[1])
+            n_targets, n_tokens = sum_over_processes(torch.tensor([counts.sum(), batch[0].numel()])).tolist()
+            rows, norm = training_step(wrapped, [optimizer], batch, n_targets, lr_scale, settings)
+            if settings.method == "rl":
+                rows = drawn.to(device)
             found = torch.cat((counts[:, None].to(rows), rows.view(len(rows), -1)), 1)
             sums.index_add_(0, channel.to(device), found)
             step, tokens = step + 1, tokens + int(n_tokens)
@@ -678,15 +892,15 @@ def tune(settings, material, model, out, fixed, state=None):
                 tokens_per_step = (tokens - lap_tokens) / (step - pace.lap_step)
                 values.update(step=step, tokens=tokens, lr=lr_scale * settings.lr, grad_norm=norm.item())
                 values["tokens_per_second"] = tokens_per_step / pace.end_lap(step)
-                details = shown(values, "train", channels)
+                details = shown(values, "train", measures, channels)
                 decided = pace.decide_steps(step)
 
             if evaluating:
                 values["val_bpb"] = base_bpb(model, material, settings, EVAL_TOKENS)
                 if dev:
-                    values.update(evaluate(objective, measures, material, settings))
+                    values.update(evaluation(objective, measures, material, settings))
                     check_finite(values["val_loss"], out)
-                    details = shown(values, "val", dev.channels)
+                    details = shown(values, "val", measures, dev.channels)
                     if values["val_loss"] < best and rank == 0:
                         write_model(out / "best", model, settings, material)
                     best = min(best, values["val_loss"])
@@ -725,11 +939,14 @@ def main():
         move_settings(settings, device, settings.n_replay or settings.batch_size)
         model = open_base(settings.base, device, settings.lora_rank)
     else:
-        base = args.model or newest_base()
+        base = args.model or newest_model(chats=args.method == "rl")
         model = open_base(base, device, args.lora_rank)
         settings = choose_settings(args, base, model.config, device)
-        suffix = "chat" if settings.method == "sft" else "dpo"
-        out = out or OUT / f"{Path(base).resolve().name}-{suffix}"
+        name = Path(base).resolve().name
+        if settings.method == "rl":
+            name = name.removesuffix("-chat")
+        suffix = "chat" if settings.method == "sft" else settings.method
+        out = out or OUT / f"{name}-{suffix}"
     if rank == 0 and not settings.examples:
         tasks.find_tasks()
     from_first_process(0)  # the others wait
@@ -768,7 +985,7 @@ def main():
             return 130
         after = measure(model, material, settings)
         if rank == 0:
-            report(material, fixed["before"], after, out)
+            report(material, fixed["before"], after, settings, out)
             say_if_busy(out)
     if material.data:
         change = f"{fixed['before']['bpb']:.4f} bits per byte before, {after['bpb']:.4f} now"

@@ -360,15 +360,20 @@ class Pace:
 def set_dropout(model, step, settings, blocks):
     """Prepare dropout for a step. By default it is 0, after ten epochs (of a run with --steps) 0.1.
 
-    Also reseeds from (seed, step, process), so that no generator state has to be saved.
+    Also reseeds, see step_seed.
     """
     dropout = settings.dropout
     if dropout is None:
         dropout = 0.1 if step * settings.batch_size >= 10 * blocks.per_epoch else 0.0
     for block in model.model.layers:
         block.dropout.p = dropout
+    torch.manual_seed(step_seed(settings, step))
+
+
+def step_seed(settings, step):
+    """A seed for what is random in a step of this process, so that no generator state has to be saved."""
     rank, _ = rank_and_world()
-    torch.manual_seed(((settings.seed * 1_000_003 + step + 1) * 8191 + rank) % 2**32)  # a CPU uses 32 bits
+    return ((settings.seed * 1_000_003 + step + 1) * 8191 + rank) % 2**32  # a CPU uses 32 bits
 
 
 # --- bits per byte ---

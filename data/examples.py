@@ -209,9 +209,10 @@ class Examples:
     """Encoded examples, and the order in which batches take them, which is computed from the seed.
 
     Each epoch takes all of them once. The examples of a batch have similar lengths, to need little padding.
+    whole: leave out what is longer than block_size, which else is cut.
     """
 
-    def __init__(self, examples, tokenizer, block_size, batch_size, seed=0):
+    def __init__(self, examples, tokenizer, block_size, batch_size, seed=0, whole=False):
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
         self.examples = []
         self.rows = []  # for each example, (ids, mask) of its one or two conversations
@@ -224,7 +225,7 @@ class Examples:
                 row.append((ids, mask))
                 cut = cut or is_cut
             distinct = len({tuple(ids.tolist()) for ids, _ in row}) == len(row)
-            if distinct and all(mask.any() for _, mask in row):
+            if distinct and all(mask.any() for _, mask in row) and not (cut and whole):
                 self.examples.append(example)
                 self.rows.append(row)
                 self.n_cut += cut
@@ -245,7 +246,7 @@ class Examples:
         if self.n_cut:
             lines.append(f"{self.n_cut:,} are cut to {length}")
         if self.n_dropped:
-            lines.append(f"{self.n_dropped:,} are left out: no answer is within {length}")
+            lines.append(f"{self.n_dropped:,} are left out: not answered within {length}")
         return "; ".join(lines)
 
     @lru_cache(maxsize=2)  # noqa: B019  a process has one or two of these objects

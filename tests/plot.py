@@ -7,20 +7,34 @@ from pathlib import Path
 import matplotlib
 from matplotlib import pyplot
 
+# (title, columns) of each picture; dots: of held-out text or questions
+LOSSES = [
+    ("training: nats per token", ["train_loss"]),
+    ("held-out text: bits per byte", ["val_bpb"]),
+]
+REWARDS = [
+    ("mean reward", ["train_reward", "val_reward (pass@1)", "val_best (pass@G)"]),
+    ("groups with a signal", ["train_signal", "val_signal"]),
+    ("tokens of an answer", ["train_length", "val_length"]),
+    ("entropy: nats per token", ["val_entropy"]),
+    LOSSES[1],
+]
 
-def read(path, column):
-    """(seconds, values) of a column of a log.csv, from the lines that have a value there."""
-    seconds, values = [], []
+
+def read(path):
+    """The rows of a log.csv."""
     with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row[column]:
-                seconds.append(float(row["seconds"]))
-                values.append(float(row[column]))
-    return seconds, values
+        return list(csv.DictReader(file))
+
+
+def points(rows, column):
+    """(seconds, values) of a column, from the lines that have a value there."""
+    found = [(float(row["seconds"]), float(row[column])) for row in rows if row[column]]
+    return [x for x, _ in found], [y for _, y in found]
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw loss and bits per byte of runs over their time.")
+    parser = argparse.ArgumentParser(description="Draw what runs measured over their time.")
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="log.csv of one run or of several")
     parser.add_argument("--out", required=True, help="the picture: .svg, .png or .pdf")
     parser.add_argument("--yardstick", nargs=2, metavar=("NAME", "BPB"), help="a line for comparison")
@@ -28,19 +42,28 @@ def main():
     matplotlib.rcParams["font.size"] = 9
     matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     matplotlib.rcParams["svg.hashsalt"] = ""  # equal logs give equal files
-    figure, (loss, bpb) = pyplot.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
-    for log in args.logs:
-        loss.plot(*read(log, "train_loss"), linewidth=1, label=log.parent.name)
-        bpb.plot(*read(log, "val_bpb"), marker="o", markersize=3, label=log.parent.name)
-    loss.set_title("training: nats per token")
-    bpb.set_title("held-out text: bits per byte")
-    if args.yardstick:
-        name, value = args.yardstick
-        bpb.axhline(float(value), color="grey", linestyle="dashed", linewidth=1, label=f"{name}, {value}")
-    for axes in (loss, bpb):
+    logs = {log.parent.name: read(log) for log in args.logs}
+    pictures = LOSSES
+    if all("train_reward" in rows[0] for rows in logs.values()):  # of finetune.py --method rl
+        pictures = REWARDS
+    n = len(pictures)
+    figure, panels = pyplot.subplots(1, n, figsize=(max(8, 3 * n), 2.8), layout="constrained")
+    for axes, (title, columns) in zip(panels, pictures):
+        for name, rows in logs.items():
+            for column in columns:
+                column, _, meaning = column.partition(" ")
+                marker = "o" if column.startswith("val_") else None
+                label = name if len(columns) == 1 else f"{name}: {column} {meaning}".rstrip()
+                axes.plot(*points(rows, column), linewidth=1, marker=marker, markersize=3, label=label)
+        if args.yardstick and columns == ["val_bpb"]:
+            name, value = args.yardstick
+            label = f"{name}, {value}"
+            axes.axhline(float(value), color="grey", linestyle="dashed", linewidth=1, label=label)
+        axes.set_title(title)
         axes.set_xlabel("seconds")
         axes.spines[["top", "right"]].set_visible(False)
-    bpb.legend(frameon=False)
+        if len(columns) > 1 or axes is panels[-1]:
+            axes.legend(frameon=False)
     metadata = None
     if args.out.endswith(".svg"):
         metadata = {"Date": None}

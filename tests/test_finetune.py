@@ -33,14 +33,20 @@ from data import examples, prepare, tasks
 from data.examples import Example, Examples, hold_out, read_examples
 from data.loader import IGNORED
 from finetune import (
+    REWARD_MEASURES,
     PreferenceLoss,
+    RewardLoss,
     TuneSettings,
     add_lora,
+    advantages,
     answer,
+    draw_answers,
     exact_match,
     log_probs,
     macro,
+    measure_rewards,
     merge,
+    merge_equal,
     save_adapter,
     yardsticks,
 )
@@ -593,6 +599,18 @@ def chat(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def chatting(base, chat, tmp_path_factory):
+    """A chat model that is sometimes right, with the answers to a test in its results.json."""
+    folder = tmp_path_factory.mktemp("chatting")
+    words = ["cat", "mat", "dog", "mat"] * 4
+    records = [{"prompt": f"say {word} {i}", "completion": word} for i, word in enumerate(words)]
+    test = write_lines(folder / "test.jsonl", records)
+    options = ("--examples", chat, "--test", test, "--lr", 0.01, "--steps", 60, *SHORT[:4], "--evals", 1)
+    run_here("--model", base, *options, "--out", folder / "say-chat")
+    return folder / "say-chat"
+
+
+@pytest.fixture(scope="module")
 def preferred(tmp_path_factory):
     records = [{"prompt": f"say {i}", "chosen": "the cat", "rejected": "dog"} for i in range(45)]
     return write_lines(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", records)
@@ -629,7 +647,7 @@ def read_state(out):
 
 
 SHORT = ("--batch-size", 8, "--dtype", "float32", "--evals", 3, "--save-every", 3)
-KINDS = ("full", "lora", "dpo")
+KINDS = ("full", "lora", "dpo", "rl")
 
 
 def test_a_model_learns_to_answer_and_it_is_measured(base, chat, tmp_path):
@@ -662,7 +680,7 @@ def test_a_model_learns_to_answer_and_it_is_measured(base, chat, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(base, chat, preferred, tmp_path_factory):
+def undisturbed(base, chat, preferred, chatting, tmp_path_factory):
     """A function: the folder of a short run of each kind, and the options of that run.
 
     Beside the folder stand copies of it, made at each save.
@@ -671,6 +689,7 @@ def undisturbed(base, chat, preferred, tmp_path_factory):
         "full": ("--examples", chat, "--replay", 0.25),
         "lora": ("--examples", chat, "--lora-rank", 2),
         "dpo": ("--examples", preferred, "--method", "dpo", "--lora-rank", 2),
+        "rl": ("--examples", chat, "--method", "rl", "--answers", 4, "--replay", 0.25),
     }
 
     @cache
@@ -681,7 +700,8 @@ def undisturbed(base, chat, preferred, tmp_path_factory):
             train.save_state(out, state, *learning)
             shutil.copytree(out, folder / f"killed_at_{state['step']}")
 
-        arguments = ("--model", base, *options[kind], "--steps", 12, *SHORT, "--lr", 0.001)
+        model = chatting if kind == "rl" else base
+        arguments = ("--model", model, *options[kind], "--steps", 12, *SHORT, "--lr", 0.001)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(stage, "save_state", save_and_copy)
             run_here(*arguments, "--out", folder / "whole")
@@ -798,7 +818,9 @@ def test_two_processes_learn_what_one_learns(undisturbed, tmp_path, kind):
     assert result.returncode == 0, result.stderr
     for row, expected in zip(read_log(tmp_path / "two"), read_log(whole), strict=True):
         assert row.keys() == expected.keys()
-        for name in row.keys() - {"tokens"}:  # which count the row that fills up an uneven batch
+        if kind == "rl":  # each process draws its own answers
+            expected = {name: value for name, value in expected.items() if name in ("step", "lr")}
+        for name in expected.keys() - {"tokens"}:  # which count the row that fills up an uneven batch
             value = expected[name]
             assert float(row[name] or 0) == pytest.approx(float(value or 0), rel=0.02, abs=0.01), name
 
@@ -920,6 +942,179 @@ def test_without_options_the_newest_base_model_is_taught_the_small_tasks(
     assert "newest-chat is finished: 2 steps" in run_here("--resume")
 
 
+def test_learning_from_rewards_starts_from_the_newest_chat_model(
+    base, chat, chatting, tokenizer, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(stage, "OUT", out)
+    monkeypatch.setattr(train, "OUT", out)
+    shutil.copytree(base, out / "base")
+    options = ("--method", "rl", "--examples", chat, "--steps", 1, *SHORT[:4], "--answers", 2)
+    with pytest.raises(ValueError, match="no chat model under out/ yet: run `python finetune.py`"):
+        run_here(*options)
+    ends = [tokenizer.special_tokens[END]]
+    Transformer.load(base).save(out / "older", tokenizer, end_ids=ends)
+    shutil.copytree(chatting, out / "say-chat")
+    os.utime(out / "say-chat/model.safetensors")
+    for _ in range(2):  # and not from what it wrote the first time
+        printed = run_here(*options)
+        assert "out/say-rl" in printed and f"{os.path.relpath(out / 'say-chat')}:" in printed
+    assert {path.name for path in out.iterdir()} == {"base", "older", "say-chat", "say-rl", "say-rl.1"}
+
+
+# --- rewards ---
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.floats(-9, 9, width=32), min_size=4, max_size=4), min_size=1, max_size=3))
+def test_an_advantage_is_a_reward_less_the_mean_of_the_other_rewards_of_its_group(rows):
+    found = advantages(torch.tensor(rows)).tolist()
+    for row, values in zip(rows, found):
+        for i, value in enumerate(values):
+            others = row[:i] + row[i + 1 :]
+            assert value == pytest.approx(row[i] - sum(others) / len(others), abs=1e-4)
+
+
+@pytest.fixture
+def asked(tokenizer):
+    said = ("the cat", "the dog and the cat", "12345", "on")
+    turns = [turn(f"say {text}", text, text[:2]) for text in said]
+    turns[2] = Example([DIALOGUE[1:]], "th")  # its question follows another answer
+    return Examples(turns, tokenizer, 96, 2)
+
+
+def test_answers_are_drawn_as_generate_draws_them_and_end_with_im_end(asked, tokenizer, chatting):
+    """The slow twin reads every question G times, and remembers nothing."""
+    model, G, end = Transformer.load(chatting).eval(), 5, tokenizer.special_tokens[END]
+    model.config = replace(model.config, block_size=96)
+    ids, targets, channels, rewards = draw_answers(model, tokenizer, asked, [0, 2, 3], G, seed=7)
+    chosen = [asked.examples[i] for i in (0, 2, 3) for _ in range(G)]
+    prompts = [render(tokenizer, e.question, add_generation_prompt=True)[0] for e in chosen]
+    longest = len(tokenizer.encode("and the dog")) + len(tokenizer.encode("the mat")) + 2
+    sampling = dict(temperature=1.0, top_p=1.0, seed=7, stop_ids={end})
+    steps = list(generate(model, prompts, 8 + longest, **sampling))
+    assert rewards.shape == (3, G) and ids.shape == targets.shape and ids.size(1) % 8 == 0
+    assert [asked.channels[i] for i in channels] == [one.channel for one in chosen]
+    n_ended = 0
+    for row, (prompt, one) in enumerate(zip(prompts, chosen)):
+        said = [step[row] for step in steps if step[row] is not None]
+        n_ended += len(said) < 8 + longest
+        if len(said) < 8 + longest:
+            said = [*said, end]
+        whole = prompt + said
+        assert ids[row, : len(whole) - 1].tolist() == whole[:-1]
+        learned = targets[row] != IGNORED
+        assert targets[row][learned].tolist() == said
+        assert learned.nonzero().flatten().tolist() == list(range(len(prompt) - 1, len(whole) - 1))
+        text = tokenizer.decode(said).removesuffix(END)
+        assert rewards[row // G, row % G] == float(said[-1] == end and text.strip() == one.answer)
+    assert n_ended  # of answers that were all cut off, nothing would be learned
+
+
+def test_an_answer_that_was_cut_off_earns_nothing(asked, tokenizer, model, monkeypatch):
+    monkeypatch.setattr(stage, "reward", lambda example, text: 1.0)
+    monkeypatch.setitem(model.config.__dict__, "block_size", 96)
+    end = tokenizer.special_tokens[END]
+    _, targets, _, rewards = draw_answers(model, tokenizer, asked, [0, 1, 3], 40, seed=0)
+    ended = (targets == end).any(1)
+    assert 0 < ended.sum() < len(ended)
+    assert torch.equal(rewards.flatten(), ended.float())
+
+
+def test_equal_answers_are_learned_as_one_and_the_gradient_is_the_same(model):
+    torch.manual_seed(0)
+    ids = torch.randint(300, (4, 16))[torch.tensor([0, 0, 1, 0, 2, 1, 3, 3])]
+    targets = ids.roll(-1, dims=1)
+    targets[:, :9] = IGNORED
+    ids[4], targets[4] = ids[0], targets[1].clone()
+    targets[4, 12] = 5  # the same inputs and another target: another answer
+    weights = torch.tensor([0.5, 0.25, 1.0, -0.5, 2.0, -1.0, 0.5, -0.125])
+    found = []
+    for batch in ((ids, targets, weights), merge_equal(ids, targets, weights)):
+        model.zero_grad()
+        loss, nats = RewardLoss(model)(*batch)
+        loss.backward()
+        found.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-4)
+    for p, q in zip(*(gradients for _, gradients in found)):
+        assert torch.allclose(p, q, atol=1e-4)
+    many = ids.repeat(5, 1), targets.repeat(5, 1), torch.zeros(40)
+    assert len(merge_equal(*many)[0]) == 4  # all that differ, fewer than 8
+    drawn = torch.arange(40 * 16).view(40, 16), torch.arange(40 * 16).view(40, 16)
+    for n, n_rows in ((0, 8), (1, 8), (8, 8), (9, 16), (40, 40)):
+        weights = (torch.arange(40) < n).float()
+        *_, kept = merge_equal(*drawn, weights)
+        assert len(kept) == n_rows and kept.sum() == n
+
+
+def test_rewards_are_measured_by_answer_and_by_group():
+    rewards, targets = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.full((4, 5), IGNORED)
+    for row, n in enumerate((1, 2, 3, 4)):
+        targets[row, :n] = 7
+    measures = measure_rewards(rewards, targets)
+    expected = {
+        "loss": [0, 1, 0.5, 0.5],
+        "reward": [1, 0, 0.5, 0.5],
+        "best": [1, 1, 0.5, 0.5],
+        "signal": [1, 1, 0, 0],
+        "length": [1, 2, 3, 4],
+    }
+    assert dict(zip(REWARD_MEASURES, measures.T.tolist())) == expected
+
+
+@pytest.mark.parametrize("lora", [(), ("--lora-rank", 4)])
+def test_a_chat_model_that_is_sometimes_right_becomes_right_more_often(chatting, chat, tmp_path, lora):
+    out, test = tmp_path / "out", chatting.parent / "test.jsonl"
+    options = ("--method", "rl", "--examples", chat, "--test", test, *SHORT[:4], *lora, "--evals", 4)
+    printed = run_here("--model", chatting, *options, "--lr", 0.003, "--steps", 60, "--out", out)
+    assert "6 questions a step, 8 answers drawn to each" in printed
+    assert "25% of each batch from test-finetune" in printed
+    rows = read_log(out)
+    early, late = ([float(row["train_reward"]) for row in part] for part in (rows[:15], rows[-15:]))
+    assert sum(late) > sum(early) + 15 * 0.1
+    for row in rows:
+        assert 0 <= float(row["train_reward"]) <= float(row["train_best"]) <= 1
+        assert float(row["train_loss"]) == pytest.approx(1 - float(row["train_reward"]), abs=1e-5)
+        assert 0 <= float(row["train_signal"]) <= 1 and float(row["train_length"]) > 1
+    evaluated = [row for row in rows if row["val_reward"]]
+    assert len(evaluated) == 4 and all(row["val_bpb"] for row in evaluated)
+    assert 0 < float(evaluated[-1]["val_entropy"]) < float(evaluated[0]["val_entropy"])
+    before = json.loads((chatting / "results.json").read_text())["exact_match"]["all"]
+    found = json.loads((out / "results.json").read_text())["exact_match"]["all"]
+    assert found.keys() == {"base", "tuned", "rewarded", "most_frequent", "n"}
+    assert (found["base"], found["tuned"], found["n"]) == (before["base"], before["tuned"], 16)
+    assert found["rewarded"] >= found["tuned"]
+    assert "base          tuned       rewarded" in printed
+    assert (out / "adapter").exists() == bool(lora)
+
+
+def test_the_base_has_no_column_where_its_answers_are_of_another_test(chatting, chat, tmp_path):
+    test = write_lines(tmp_path / "test.jsonl", [{"prompt": "say cat 0", "completion": "cat"}])
+    options = ("--method", "rl", "--examples", chat, "--test", test, *SHORT[:4], "--steps", 1)
+    run_here("--model", chatting, *options, "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out/results.json").read_text())["exact_match"]["all"]
+    assert found.keys() == {"tuned", "rewarded", "most_frequent", "n"}
+
+
+def test_the_reward_is_a_function_to_edit(chatting, chat, tmp_path, monkeypatch):
+    """Here what is shorter is better."""
+    monkeypatch.setattr(stage, "reward", lambda example, text: -0.1 * len(text))
+    options = ("--method", "rl", "--examples", chat, *SHORT[:4], "--lr", 0.01, "--steps", 40, "--evals", 1)
+    run_here("--model", chatting, *options, "--replay", 0, "--out", tmp_path / "out")
+    rows = read_log(tmp_path / "out")
+    assert float(rows[-1]["train_length"]) < 0.6 * float(rows[0]["train_length"])
+    assert float(rows[-1]["train_reward"]) > float(rows[0]["train_reward"])
+
+
+def test_questions_without_room_for_their_answer_are_left_out(tokenizer):
+    length = len(render(tokenizer, DIALOGUE)[0])
+    part = [Example([DIALOGUE], "all"), turn("x", "y")]
+    for block_size, n in ((length - 2, 1), (length - 1, 2)):
+        assert len(Examples(part, tokenizer, block_size, 1, whole=True).rows) == n
+        assert len(Examples(part, tokenizer, block_size, 1).rows) == 2
+
+
 # --- how long a run is ---
 
 
@@ -1026,6 +1221,9 @@ def test_the_longest_batch_is_tried_first_and_halved_until_it_fits(
         (["--beta", "0.2"], "--beta is of no use with --method sft"),
         (["--method", "dpo", "--replay", "0.2"], "--replay is of no use with --method dpo"),
         (["--method", "dpo"], 'a line needs "prompt", "chosen" and "rejected"'),
+        (["--answers", "4"], "--answers is of no use with --method sft"),
+        (["--method", "rl", "--answers", "1"], "--answers 1 leaves nothing to compare an answer with"),
+        (["--method", "rl", "--beta", "0.2"], "--beta is of no use with --method rl"),
     ],
 )
 def test_a_mistake_is_named(base, chat, tmp_path, arguments, message):

@@ -125,6 +125,7 @@ SMALLER = {  # what stands for something else or takes long -> what is run inste
     "out/SmolLM2": "out/mine-chat",
     "--out out/tuned": "--steps 2 --out out/tuned",
     "out/pystdlib-chat --examples pairs.jsonl": "out/mine-chat --examples pairs.jsonl --steps 2",
+    "--method rl": "--method rl --model out/mine-chat --examples chat.jsonl --steps 2 --out out/pystdlib-rl",
 }
 ELSEWHERE = {  # needs a server, several processes or one to kill -> the test that has them
     "python data/prepare.py shakespeare": "test_a_download_is_verified_before_it_gets_its_name",

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune import LoRALinear, add_lora, log_probs, measure_preference, merge
+from finetune import LoRALinear, RewardLoss, add_lora, advantages, log_probs, measure_preference, merge
 from model import Config, KVCache, Transformer
+from sample import generate
 
 from .book import LLAMA_2_7B, LLAMA_3_8B, drawn_model, forward, largest, places, table, tiny_config, train
 
@@ -400,7 +401,7 @@ def test_the_clip_of_ppo_stops_the_gradient_outside_the_trusted_region():
     favours, there is no gradient. Four models are held: the policy, which writes, and the critic, which says
     what to expect, both learn; the reward model and the reference, the policy as it began, do not.
 
-    Code: finetune.py PreferenceLoss
+    Code: finetune.py RewardLoss
     Source: Schulman et al. (2017, arXiv 1707.06347), eq. 7; Ouyang et al. (2022), sec. 3.5
     """
     rows = []
@@ -413,3 +414,144 @@ def test_the_clip_of_ppo_stops_the_gradient_outside_the_trusted_region():
     learns, frozen = 16, 2  # bytes per parameter: see the lesson on full fine-tuning
     sizes = {"PPO": 2 * learns + 2 * frozen, "DPO": learns + frozen, "DPO, log p of the start kept": learns}
     table("method | bytes per parameter, if all models are of one size", *sizes.items())
+
+
+def test_a_baseline_without_the_answer_itself_changes_the_variance_and_not_the_mean():
+    """Why is the mean reward of the other answers subtracted?
+
+    A reward times the gradient of the answer's ln p is right on average. What does not depend on the answer,
+    such as the mean reward of the other G - 1, can be subtracted: the average stays, and it no longer matters
+    whether rewards are 0 and 1 or 10 and 11. The mean of all G holds the answer's own reward, and with it the
+    gradient is (G - 1)/G of what it should be.
+
+    Often told: a baseline always lowers the variance. Not where rewards are 0 and 1 and one answer is right:
+    without it, wrong answers push nothing.
+    Code: finetune.py advantages
+    Source: Williams (1992), sec. 6; Kool et al. (2019, "Buy 4 REINFORCE samples, get a baseline for free!");
+    Ahmadian et al. (2024, arXiv 2402.14740)
+    """
+    G, logits = 4, torch.tensor([2.0, 0.5, 0.0, -0.5, -1.0])  # of five answers; the first is right
+    p, right = logits.softmax(0), torch.tensor([1.0, 0, 0, 0, 0])
+    exact = p * (right - p[0])  # the gradient of the mean reward in the logits
+    drawn = torch.multinomial(p, 100_000 * G, replacement=True)
+    slopes = (F.one_hot(drawn, 5) - p).view(-1, G, 5)  # of ln p of each answer that was drawn
+
+    def estimate(weights):
+        gradients = (weights[..., None] * slopes).mean(1)  # one for each group
+        return gradients.mean(0), gradients.var(0).sum().item()
+
+    rows, means = [], []
+    for name, subtract in (
+        ("nothing", lambda rewards: rewards),
+        ("mean of the others", advantages),
+        ("mean of the group", lambda rewards: rewards - rewards.mean(1, keepdim=True)),
+    ):
+        mean, variance = estimate(subtract(right[drawn].view(-1, G)))
+        _, shifted = estimate(subtract(10 + right[drawn].view(-1, G)))
+        means.append(mean)
+        rows.append((name, mean[0] / exact[0], variance, shifted))
+    table("subtracted | gradient, share of the exact one | variance, rewards 0 and 1 | 10 and 11", *rows)
+    assert torch.allclose(torch.stack(means[:2]), exact.expand(2, 5), atol=0.003)
+    assert torch.allclose(means[2], exact * (G - 1) / G, atol=0.003)
+    nothing, others, _ = rows
+    assert nothing[2] < others[2] and others[3] < 0.01 * nothing[3]
+    assert abs(others[3] - others[2]) < 0.01 * others[2]
+
+
+def test_a_reward_that_can_be_gamed_is_gamed():
+    """What is reward hacking?
+
+    The model learns what is rewarded, not what was meant. It shall answer a number with the next one, and
+    end. Where an answer earns 1 as soon as it contains the right number, it learns to name number after
+    number; where length is paid, never to end. Both rewards rise, and right answers become rare.
+
+    Often told: it takes a clever model. It takes a gradient.
+    Code: finetune.py reward
+    Source: Skalse et al. (2022, arXiv 2209.13085); Gao et al. (2023, arXiv 2210.10760)
+    """
+    END, QUESTION, G = 14, 15, 8
+    config = tiny_config(vocab_size=16, block_size=16, n_layer=1, n_embd=32, n_head=2)
+    pupil, numbers = Transformer(config), torch.arange(12)
+    lessons = torch.stack(
+        (torch.full((12,), QUESTION), numbers, (numbers + 1) % 12, torch.full((12,), END)), 1
+    )
+    train(pupil, lambda step: (lessons[:, :-1], lessons[:, 1:]), 25, 1e-2)  # it knows some of it
+    start = {name: p.clone() for name, p in pupil.state_dict().items()}
+
+    def exact(number, said):
+        return float(said == [(number + 1) % 12, END])
+
+    def contains(number, said):
+        return float((number + 1) % 12 in said)
+
+    def length(number, said):
+        return len(said) / 8
+
+    def draw(seed):
+        """G answers of 8 tokens at most to each number, each up to its END."""
+        prompts = [[QUESTION, n] for n in range(12) for _ in range(G)]
+        steps = list(generate(pupil, prompts, 8, stop_ids={END}, seed=seed, temperature=1.0, top_p=1.0))
+        answers = [[step[row] for step in steps if step[row] is not None] for row in range(len(prompts))]
+        return [said + [END] if len(said) < 8 else said for said in answers]
+
+    def scores(reward, answers):
+        return torch.tensor([reward(row // G, said) for row, said in enumerate(answers)])
+
+    def row_of(name, reward):
+        answers = draw(seed=0)
+        mean_length = sum(map(len, answers)) / len(answers)
+        return name, scores(reward, answers).mean(), scores(exact, answers).mean(), mean_length
+
+    rows = []
+    for reward in (exact, contains, length):
+        pupil.load_state_dict(start)
+        rows.append(row_of(f"{reward.__name__}: before", reward))
+        objective, optimizer = RewardLoss(pupil), torch.optim.AdamW(pupil.parameters(), lr=5e-3)
+        for step in range(60):
+            answers = draw(seed=1 + step)
+            weights = advantages(scores(reward, answers).view(-1, G)).flatten()
+            ids, targets = torch.zeros(len(answers), 9, dtype=torch.long), torch.full((len(answers), 9), -100)
+            for row, said in enumerate(answers):
+                ids[row, : len(said) + 1] = torch.tensor([QUESTION, row // G, *said[:-1]])
+                targets[row, 1 : len(said) + 1] = torch.tensor(said)
+            loss, _ = objective(ids, targets, weights)
+            (loss / len(answers)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        rows.append(row_of("... after", reward))
+    table("what is rewarded | its mean | exact answers | tokens of an answer", *rows)
+    assert rows[1][2] > rows[0][2] + 0.2  # what was meant is rewarded, and learned
+    for before, after in (rows[2:4], rows[4:6]):
+        assert after[1] > before[1] + 0.1 and after[2] < 0.5 * before[2] and after[3] > before[3]
+
+
+def test_pass_at_1_rises_while_pass_at_8_falls():
+    """Does learning from rewards teach something new?
+
+    It makes likelier what the model already draws at times. pass@k, the chance that one of k answers is
+    right, is 1 - (1 - p)^k for one question. Here two methods suit different questions, which the model
+    cannot tell apart: first it tries both, and one of 8 answers is nearly always right. It learns to use the
+    better one always: pass@1 rises, and the questions of the other are lost, however often it tries.
+
+    Often told: a higher score means that the model solves more.
+    Code: finetune.py measure_rewards
+    Source: Chen et al. (2021, arXiv 2107.03374), sec. 2.1, for pass@k; Yue et al. (2025, arXiv 2504.13837)
+    """
+    G, suits = 8, (torch.arange(100) >= 60).long()  # the method that suits each of 100 questions
+    logits = torch.zeros(2, requires_grad=True)  # the model: how likely it takes one or the other
+    optimizer, rows = torch.optim.SGD([logits], lr=1.0), []
+    for step in range(121):
+        log_p = logits.log_softmax(0)
+        if step % 40 == 0:
+            p = log_p.detach().exp()[suits]  # that an answer to the question is right
+            entropy = -(log_p * log_p.exp()).sum()
+            rows.append((step, p.mean(), (1 - (1 - p) ** G).mean(), entropy))
+        drawn = torch.multinomial(log_p.detach().exp().expand(100, 2), G, replacement=True)
+        rewards = (drawn == suits[:, None]).float()
+        loss = -(advantages(rewards) * log_p[drawn]).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    table("step | pass@1 | pass@8 | entropy, nats", *rows)
+    assert rows[0][1] < 0.51 and rows[0][2] > 0.99
+    assert rows[-1][1] > 0.58 and rows[-1][2] < 0.75 and rows[-1][3] < 0.2
