@@ -1,4 +1,4 @@
-r"""Stage 5: fine-tuning. A base model continues text; here it learns to answer, to prefer, and by trying.
+r"""Stage 5: fine-tuning. A base model learns to answer: from examples, from preferences, from rewards.
 
     <|im_start|>user\nList the arguments of: def f(a, b):<|im_end|>\n<|im_start|>assistant\na, b<|im_end|>
                                                                                             ^^^^^^^^^^^^^^
@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -92,7 +93,7 @@ EPOCHS = 3  # or 3 minutes, whichever ends first, unless one of them is asked fo
 N_SHOWN = 5  # answers of each channel in the report
 REPLAY = 0.3  # with 0.1, the model forgot more than twice as much
 REPLAYED = "(replay)"  # the channel of replayed text
-DEV_BATCHES = 4  # of questions, with which --method rl is evaluated
+DEV_BATCHES = 4  # of questions, at most, with which --method rl is evaluated
 
 
 @dataclass
@@ -238,7 +239,7 @@ class PreferenceLoss(nn.Module):
 # reads its own answer, takes the likeliest token each time, and one wrong character makes an answer wrong.
 
 
-def prompt_of(tokenizer, example):
+def question_ids(tokenizer, example):
     """The ids of an example's question, up to where its answer begins."""
     return render(tokenizer, example.question, add_generation_prompt=True)[0]
 
@@ -252,16 +253,15 @@ def complete(model, tokenizer, prompts, max_new_tokens, **settings):
 
 def answer(model, tokenizer, examples, batch_size=64):
     """The likeliest answers to the questions of examples, as a list of str."""
-    prompts = [prompt_of(tokenizer, example) for example in examples]
+    prompts = [question_ids(tokenizer, example) for example in examples]
     longest = max((len(tokenizer.encode(example.answer)) for example in examples), default=0) + 8
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     stop_ids, answers = set(tokenizer.special_tokens.values()), [""] * len(prompts)
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
         asked = [prompts[i] for i in batch]
-        for i, ids in zip(
-            batch, complete(model, tokenizer, asked, longest, stop_ids=stop_ids, temperature=0)
-        ):
+        found = complete(model, tokenizer, asked, longest, stop_ids=stop_ids, temperature=0)
+        for i, ids in zip(batch, found):
             answers[i] = tokenizer.decode(ids)
     return answers
 
@@ -299,15 +299,14 @@ def yardsticks(examples, test):
     return {"most_frequent": exact_match(test, frequent), "rule": exact_match(ruled, answers)}
 
 
-def base_shares(folder, counts):
-    """What exact_match gave for the base of a chat model, by its results.json; counts: test questions."""
-    try:
-        figures = json.loads((Path(folder) / "results.json").read_bytes())["exact_match"]
-        return {
-            channel: figures[channel]["base"] for channel, n in counts.items() if figures[channel]["n"] == n
-        }
-    except (OSError, ValueError, LookupError, TypeError):  # another program's, or of another test
-        return {}
+def base_shares(folder, questions, counts):
+    """{channel: exact_match} of the model before a chat model's training; {}: unknown, or of another test."""
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        found = json.loads((Path(folder) / "results.json").read_bytes())
+        figures = found["exact_match"]
+        if found["questions"] == questions and {name: row["n"] for name, row in figures.items()} == counts:
+            return {name: row["base"] for name, row in figures.items()}
+    return {}
 
 
 def report(material, before, after, settings, out):
@@ -316,12 +315,13 @@ def report(material, before, after, settings, out):
     before, after: what `measure` gives.
     """
     test, counts = material.test, Counter(example.channel for example in material.test)
+    questions = {example.channel: example.question[-1]["content"] for example in reversed(test)}
+    earlier, later, shares = "base", "tuned", {}
     if settings.method == "rl":
-        answers = {"tuned": before["answers"], "rewarded": after["answers"]}
-        shares = {"base": base_shares(settings.base, counts)}
-    else:
-        answers = {"base": before["answers"], "tuned": after["answers"]}
-        shares = {}
+        earlier, later = "tuned", "rewarded"
+        if found := base_shares(settings.base, questions, counts):
+            shares["base"] = found
+    answers = {earlier: before["answers"], later: after["answers"]}
     shares.update({name: exact_match(test, texts) for name, texts in answers.items()})
     macros = {name: macro(found) for name, found in shares.items()}
     shares.update(yardsticks(material.train.examples, test))
@@ -335,18 +335,16 @@ def report(material, before, after, settings, out):
     for channel, row in figures.items():
         cells = [f"{row[name]:15.3f}" if name in row else " " * 15 for name in shares]
         print(f"{channel:16}{row['n']:10,}" + "".join(cells))
-    if len(figures) > 1:
-        cells = [" " * 15 if value is None else f"{value:15.3f}" for value in macros.values()]
-        print(f"{'macro':26}" + "".join(cells))
+    if len(figures) > 1 and None not in macros.values():
+        print(f"{'macro':26}" + "".join(f"{value:15.3f}" for value in macros.values()))
     for channel in figures:
         for i in [i for i, example in enumerate(test) if example.channel == channel][:N_SHOWN]:
             print(f"\n  {test[i].question[-1]['content']}")
             for name, texts in answers.items():
                 verdict = "right" if is_right(test[i], texts[i]) else "wrong"
                 print(f"    {name:8} {verdict}  {texts[i][:90]!r}")
-    questions = {example.channel: example.question[-1]["content"] for example in reversed(test)}
     bpb = {"before": before["bpb"], "after": after["bpb"]}
-    results = {"exact_match": figures, "macro": [*macros.values()][-1], "bpb": bpb, "questions": questions}
+    results = {"exact_match": figures, "macro": macros[later], "bpb": bpb, "questions": questions}
     (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
@@ -365,7 +363,11 @@ def report(material, before, after, settings, out):
 
 
 def reward(example, text):
-    """How good a text is as the answer to an example's question. Edit it to teach something else."""
+    """How good a text is as the answer to an example's question: 1 if it is the example's own answer, else 0.
+
+    Edit this to teach something else. An answer that is cut off earns 0, so keep rewards at 0 or above: with
+    negative ones the model would learn not to end.
+    """
     return float(is_right(example, text))
 
 
@@ -379,39 +381,42 @@ def advantages(rewards):
 def draw_answers(model, tokenizer, examples, indices, G, seed):
     """Draw G answers at temperature 1 to each question of Examples at P indices.
 
-    Returns ids and targets (P G, T), channels (P G,) and rewards (P, G). An answer may be 8 tokens longer
-    than the longest of these examples; one that is cut off there earns 0.
+    Returns ids and targets (P G, T), channels (P G,) and rewards (P, G). An answer ends with <|im_end|>; it
+    may have as many tokens as what is learned of the longest of these examples. If it is cut off, it earns 0.
     """
     asked = [examples.examples[i] for i in indices for _ in range(G)]
-    prompts = [prompt_of(tokenizer, example) for example in asked]
-    longest = max(map(len, prompts))
-    room = 8 + max(int(mask.sum()) for i in indices for _, mask in examples.rows[i])
-    room = min(room, examples.block_size + 1 - longest)
-    cache = make_cache(model, len(indices), longest + room)
+    prompts = [question_ids(tokenizer, example) for example in asked]
+    longest_prompt = max(map(len, prompts))
+    longest_answer = max(int(mask.sum()) for i in indices for _, mask in examples.rows[i])
+    cache = make_cache(model, len(indices), longest_prompt + longest_answer)
     prefill(model, cache, [prompt[:-1] for prompt in prompts[::G]])  # each question is read once
     rows = torch.arange(len(asked)) // G
     cache.k, cache.v, cache.lengths = cache.k[:, rows], cache.v[:, rows], cache.lengths[rows]
     im_end, last = tokenizer.special_tokens["<|im_end|>"], [prompt[-1:] for prompt in prompts]
-    settings = dict(seed=seed, temperature=1.0, top_p=1.0, stop_ids={im_end}, cache=cache)
-    answers = complete(model, tokenizer, last, room, **settings)
-    T = min(-(-(longest + room) // 8) * 8, examples.block_size)  # see Examples.lengths
+    sampling = dict(seed=seed, temperature=1.0, top_p=1.0, stop_ids={im_end}, cache=cache)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some rows leave the context; there they are cut off
+        answers = complete(model, tokenizer, last, longest_answer, **sampling)
+    T = min(-(-(longest_prompt + longest_answer) // 8) * 8, examples.block_size)  # see Examples.lengths
     ids, targets = torch.zeros(len(asked), T, dtype=torch.long), torch.full((len(asked), T), IGNORED)
     rewards = torch.zeros(len(asked))
-    for row, (example, prompt, said) in enumerate(zip(asked, prompts, answers)):
-        if len(said) < room:  # it has ended
-            rewards[row] = reward(example, tokenizer.decode(said))
-            said.append(im_end)
-        begin, end = len(prompt) - 1, len(prompt) - 1 + len(said)
-        ids[row, :end] = torch.tensor(prompt + said[:-1])
-        targets[row, begin:end] = torch.tensor(said)
+    for row, (example, prompt, answer_ids) in enumerate(zip(asked, prompts, answers)):
+        room = min(longest_answer, examples.block_size + 1 - len(prompt))
+        if len(answer_ids) < room:  # it has ended
+            rewards[row] = reward(example, tokenizer.decode(answer_ids))
+            answer_ids.append(im_end)
+        whole = torch.tensor(prompt + answer_ids[:room])
+        n = len(whole) - 1
+        ids[row, :n] = whole[:-1]
+        targets[row, len(prompt) - 1 : n] = whole[len(prompt) :]
     channels = torch.tensor([examples.channels.index(example.channel) for example in asked])
     return ids, targets, channels, rewards.view(-1, G)
 
 
 def merge_equal(ids, targets, weights):
-    """Rows with weights (n,) -> the different ones, with the sums of their weights. The loss is the same.
+    """Merge equal rows and add up their weights (n,); the loss stays the same.
 
-    Those whose weight is 0 are left out, but for a few: the number of rows is a multiple of 8.
+    Rows of weight 0 are dropped, but for those that fill up a multiple of 8, see Examples.lengths.
     """
     different, row_of = torch.cat((ids, targets), 1).unique(dim=0, return_inverse=True)
     weights = weights.new_zeros(len(different)).index_add(0, row_of, weights)
@@ -421,7 +426,8 @@ def merge_equal(ids, targets, weights):
     return ids, targets, weights[heaviest]
 
 
-# Where rewards are 0 or 1, the mean of "reward" is pass@1, and that of "best", of each group, is pass@G.
+# "loss" is 1 - reward, since REINFORCE's own loss says nothing about progress; "best" is the highest reward
+# of a group. Where rewards are 0 or 1, the mean of "reward" is pass@1 and the mean of "best" is pass@G.
 REWARD_MEASURES = ("loss", "reward", "best", "signal", "length")
 
 
@@ -449,13 +455,13 @@ class RewardLoss(nn.Module):
 # --- the base model and the material ---
 
 
-def newest_model(chats):
-    """The folder under out/ whose model was saved last, of those that chat, before any rewards, or do not."""
+def newest_start(chats):
+    """The folder under out/ whose model was saved last: of base models or, but for those of rl, of chats."""
     for path in sorted(OUT.glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True):
         with suppress(ValueError, OSError):  # a folder of another program that cannot be opened
             tokenizer = Tokenizer.load(path.parent / "tokenizer.json")
             im_end = tokenizer.special_tokens.get("<|im_end|>")
-            rewarded = saved_run(path.parent).get("settings", {}).get("method") == "rl"
+            rewarded = chats and saved_run(path.parent).get("settings", {}).get("method") == "rl"
             if (im_end in end_ids(path.parent, tokenizer)) == chats and not rewarded:
                 return path.parent
     kind, script = ("chat", "finetune.py") if chats else ("base", "train.py")
@@ -488,8 +494,11 @@ def add_rows(model, n_known, n):
     model.config = replace(model.config, vocab_size=size)
 
 
-def open_base(base, device, lora_rank):
-    """The model in a folder, with rows for the tokens of a chat. lora_rank: 0 if all weights learn."""
+def open_base(base, device, lora_rank, method):
+    """The model in a folder, with rows for the tokens of a chat. lora_rank: 0 if all weights learn.
+
+    ValueError: it is none, or not one for LoRA or for this method.
+    """
     if not Path(base, "config.json").exists():
         raise ValueError(f"{base} is not a model folder: it has no config.json")
     model = Transformer.load(base, device)
@@ -507,7 +516,9 @@ def open_base(base, device, lora_rank):
             lacks = f"{base} lacks embeddings for the tokens of a chat, and LoRA cannot learn them"
             raise ValueError(f"{lacks}: leave out --lora-rank")
         add_rows(model, n_known, n)
-    end_ids(base, known)  # refuses a damaged file now and not after the training
+    ends = end_ids(base, known)  # refuses a damaged file now and not after the training
+    if method == "rl" and known.special_tokens.get("<|im_end|>") not in ends:
+        raise ValueError(f"{base} was not taught to chat: first run `python finetune.py --model {base}`")
     return model.train()
 
 
@@ -577,7 +588,9 @@ def parse_arguments():
     limit = add_common_arguments(parser)
     limit.add_argument("--epochs", type=positive_float, help=f"how often each example is seen ({EPOCHS})")
     how = parser.add_argument_group("how")
-    how.add_argument("--block-size", type=positive_int, metavar="TOKENS", help="longer examples are cut")
+    how.add_argument(
+        "--block-size", type=positive_int, metavar="TOKENS", help="longer examples are cut (rl: left out)"
+    )
     how.add_argument("--replay", type=below_one, help=f"share of a batch that is the model's text ({REPLAY})")
     how.add_argument("--lora-rank", type=positive_int, metavar="R", help="learn an update of rank R only")
     how.add_argument("--lora-alpha", type=positive_float, help="the update is scaled by alpha / R (2 R)")
@@ -625,7 +638,7 @@ def choose_settings(args, base, config, device):
         seed=args.seed or 0,
         block_size=min(args.block_size or 1024, config.block_size),
         batch_size=batch_size,
-        micro_batch=math.ceil(batch_size / world) * n_answers,
+        micro_batch=math.ceil(batch_size / world),
         lr=args.lr or float(f"{lr:.1e}"),
         dtype=args.dtype or choose_dtype(device),
         device=device,
@@ -763,7 +776,7 @@ def evaluate(objective, measures, material, settings):
 
 @torch.no_grad()
 def evaluate_rewards(objective, measures, material, settings):
-    """{column of the log: value} of answers to some questions that are held out, always the same.
+    """{column of the log: value} of answers to the same held-out questions each time.
 
     val_entropy, in nats for each token, is estimated by -log p of the tokens that were drawn.
     """
@@ -772,13 +785,13 @@ def evaluate_rewards(objective, measures, material, settings):
     sums, nats = torch.zeros(len(dev.channels), 1 + len(measures), dtype=torch.float64), 0.0
     batches = dev.by_length(dev.batch_size)
     distance = -(-len(batches) // DEV_BATCHES)
-    for k in list(range(distance // 2, len(batches), distance))[rank::world]:
+    for k in range(distance // 2, len(batches), distance)[rank::world]:
         ids, targets, channels, rewards = draw_answers(model, material.tokenizer, dev, batches[k], G, seed=k)
-        batch = ids, targets, torch.ones(len(ids))
-        with autocast(settings):
-            loss, _ = objective(*(tensor.to(settings.device) for tensor in batch))
-        nats += loss.item()
-        sums.index_add_(0, channels, F.pad(measure_rewards(rewards, targets), (1, 0), value=1.0).double())
+        for piece in zip(ids.split(settings.micro_batch), targets.split(settings.micro_batch)):
+            with autocast(settings):
+                nats -= log_probs(model, *(tensor.to(settings.device) for tensor in piece)).sum().item()
+        found = torch.cat((torch.ones(len(ids), 1), measure_rewards(rewards, targets)), 1)
+        sums.index_add_(0, channels, found.double())
     sums = sum_over_processes(sums)
     values = averages("val", measures, dev.channels, sums)
     values["val_entropy"] = sum_over_processes(nats) / sums[:, -1].sum().item()  # the last are lengths
@@ -791,30 +804,39 @@ def read_batch(step, examples, blocks, settings):
     ids, targets, channels = examples.batch(step, rank, world)
     if blocks is None:
         return ids, targets, channels
-    T = ids.size(1)  # of the blocks, as much as the examples are long
-    more_ids, more_targets = blocks.batch(step, settings.n_replay, rank, world)
-    replayed = torch.full([len(more_ids)], len(examples.channels))
-    ids, targets = torch.cat((ids, more_ids[:, :T])), torch.cat((targets, more_targets[:, :T]))
+    ids, targets, n = add_replay(step, ids, targets, blocks, settings)
+    replayed = torch.full([n], len(examples.channels))
     return ids, targets, torch.cat((channels, replayed))
 
 
+def add_replay(step, ids, targets, blocks, settings):
+    """Append this process's replayed rows -> ids, targets (n, T), and how many rows these are."""
+    rank, world = rank_and_world()
+    more_ids, more_targets = blocks.batch(step, settings.n_replay, rank, world)
+    T = ids.size(1)  # of the blocks, as much as the examples are long
+    ids, targets = torch.cat((ids, more_ids[:, :T])), torch.cat((targets, more_targets[:, :T]))
+    return ids, targets, len(more_ids)
+
+
 def draw_batch(step, examples, blocks, model, tokenizer, settings):
-    """This process's step of rewards: (ids, targets, weights) to learn, REWARD_MEASURES and channels."""
+    """Draw this process's answers of a step.
+
+    Returns (ids, targets, weights) to learn from; of each answer, REWARD_MEASURES (n, 5) and channel (n,).
+    """
     rank, world = rank_and_world()
     number, i = divmod(step, examples.per_epoch)
-    indices = examples.epoch(number)[i]
-    indices = indices[rank::world] or indices[:1]
-    seed = step_seed(settings, step)
-    *rows, channels, rewards = draw_answers(model, tokenizer, examples, indices, settings.n_answers, seed)
-    measures = measure_rewards(rewards, rows[1])
-    ids, targets, weights = merge_equal(*rows, advantages(rewards).flatten())
+    indices, seed = examples.epoch(number)[i], step_seed(settings, step)
+    indices = indices[rank::world] or indices[:1]  # with fewer questions than processes, some ask the first
+    ids, targets, channels, rewards = draw_answers(
+        model, tokenizer, examples, indices, settings.n_answers, seed
+    )
+    measured = measure_rewards(rewards, targets)
+    ids, targets, weights = merge_equal(ids, targets, advantages(rewards).flatten())
     if blocks is not None:  # the mean loss of replayed text, times its share of the batch
-        T = ids.size(1)
-        more_ids, more_targets = blocks.batch(step, settings.n_replay, rank, world)
-        weight = settings.n_replay / settings.batch_size * rewards.numel() / (len(more_ids) * T)
-        ids, targets = torch.cat((ids, more_ids[:, :T])), torch.cat((targets, more_targets[:, :T]))
-        weights = torch.cat((weights, torch.full([len(more_ids)], weight)))
-    return (ids, targets, weights), measures, channels
+        ids, targets, n = add_replay(step, ids, targets, blocks, settings)
+        weight = settings.n_replay / settings.batch_size * rewards.numel() / (n * ids.size(1))
+        weights = torch.cat((weights, torch.full([n], weight)))
+    return (ids, targets, weights), measured, channels
 
 
 def tune(settings, material, model, out, fixed, state=None):
@@ -840,7 +862,7 @@ def tune(settings, material, model, out, fixed, state=None):
         blocks = Blocks(material.data.train, settings.block_size, settings.seed)
         if settings.method == "sft":
             channels = [*channels, REPLAYED]
-    prompt = prompt_of(tokenizer, (material.test or examples.examples)[0])
+    prompt = question_ids(tokenizer, (material.test or examples.examples)[0])
     *longest, _ = examples.tensors(examples.by_length(1)[-1] * settings.micro_batch)
     if settings.method == "rl":
         longest.append(torch.zeros(settings.micro_batch))
@@ -870,15 +892,15 @@ def tune(settings, material, model, out, fixed, state=None):
         while step != settings.steps and not stop:
             lr_scale = learning_rate(step, pace.done, settings)
             if settings.method == "rl":
-                batch, drawn, channel = draw_batch(step, examples, blocks, model, tokenizer, settings)
-                counts = torch.ones(len(drawn), dtype=torch.long)
+                batch, measured, channel = draw_batch(step, examples, blocks, model, tokenizer, settings)
+                counts = torch.ones_like(channel)
             else:
                 *batch, channel = read_batch(step, examples, blocks, settings)
                 counts = count_targets(batch[1])
             n_targets, n_tokens = sum_over_processes(torch.tensor([counts.sum(), batch[0].numel()])).tolist()
             rows, norm = training_step(wrapped, [optimizer], batch, n_targets, lr_scale, settings)
             if settings.method == "rl":
-                rows = drawn.to(device)
+                rows = measured.to(device)
             found = torch.cat((counts[:, None].to(rows), rows.view(len(rows), -1)), 1)
             sums.index_add_(0, channel.to(device), found)
             step, tokens = step + 1, tokens + int(n_tokens)
@@ -937,10 +959,10 @@ def main():
     if state:
         settings = TuneSettings(**state["settings"])
         move_settings(settings, device, settings.n_replay or settings.batch_size)
-        model = open_base(settings.base, device, settings.lora_rank)
+        model = open_base(settings.base, device, settings.lora_rank, settings.method)
     else:
-        base = args.model or newest_model(chats=args.method == "rl")
-        model = open_base(base, device, args.lora_rank)
+        base = args.model or newest_start(chats=args.method == "rl")
+        model = open_base(base, device, args.lora_rank, args.method)
         settings = choose_settings(args, base, model.config, device)
         name = Path(base).resolve().name
         if settings.method == "rl":

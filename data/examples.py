@@ -209,7 +209,7 @@ class Examples:
     """Encoded examples, and the order in which batches take them, which is computed from the seed.
 
     Each epoch takes all of them once. The examples of a batch have similar lengths, to need little padding.
-    whole: leave out what is longer than block_size, which else is cut.
+    whole: leave out what is longer than block_size instead of cutting it.
     """
 
     def __init__(self, examples, tokenizer, block_size, batch_size, seed=0, whole=False):

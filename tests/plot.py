@@ -29,7 +29,7 @@ def read(path):
 
 def points(rows, column):
     """(seconds, values) of a column, from the lines that have a value there."""
-    found = [(float(row["seconds"]), float(row[column])) for row in rows if row[column]]
+    found = [(float(row["seconds"]), float(row[column])) for row in rows if row.get(column)]
     return [x for x, _ in found], [y for _, y in found]
 
 
@@ -42,14 +42,14 @@ def main():
     matplotlib.rcParams["font.size"] = 9
     matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     matplotlib.rcParams["svg.hashsalt"] = ""  # equal logs give equal files
-    logs = {log.parent.name: read(log) for log in args.logs}
+    logs = [(log.parent.name, read(log)) for log in args.logs]
     pictures = LOSSES
-    if all("train_reward" in rows[0] for rows in logs.values()):  # of finetune.py --method rl
+    if all(rows and "train_reward" in rows[0] for _, rows in logs):  # of finetune.py --method rl
         pictures = REWARDS
     n = len(pictures)
     figure, panels = pyplot.subplots(1, n, figsize=(max(8, 3 * n), 2.8), layout="constrained")
     for axes, (title, columns) in zip(panels, pictures):
-        for name, rows in logs.items():
+        for name, rows in logs:
             for column in columns:
                 column, _, meaning = column.partition(" ")
                 marker = "o" if column.startswith("val_") else None

@@ -31,7 +31,7 @@ import finetune as stage
 import train
 from data import examples, prepare, tasks
 from data.examples import Example, Examples, hold_out, read_examples
-from data.loader import IGNORED
+from data.loader import IGNORED, Blocks
 from finetune import (
     REWARD_MEASURES,
     PreferenceLoss,
@@ -482,7 +482,7 @@ def test_preferring_starts_at_ln_2_and_widens_the_margin(pairs, model):
             assert rows[:, 0].tolist() == pytest.approx([math.log(2)] * len(rows), abs=1e-4)
             assert rows[:, 1].abs().max() < 1e-3
     tuning = tune_settings(method="dpo")
-    values = stage.evaluate(objective, stage.MEASURES, SimpleNamespace(dev=pairs), tuning)
+    values = stage.evaluate(objective, stage.PAIR_MEASURES, SimpleNamespace(dev=pairs), tuning)
     assert values["val_margin"] > 0.1 and values["val_accuracy"] == 1
     assert values["val_loss"] < math.log(2)
 
@@ -491,7 +491,7 @@ def test_preferring_starts_at_ln_2_and_widens_the_margin(pairs, model):
 def test_preferring_starts_at_ln_2_whatever_the_dtype(pairs, model, dtype):
     tuning = tune_settings(dtype=dtype, method="dpo")
     objective = PreferenceLoss(model, beta=1.0)
-    values = stage.evaluate(objective, stage.MEASURES, SimpleNamespace(dev=pairs), tuning)
+    values = stage.evaluate(objective, stage.PAIR_MEASURES, SimpleNamespace(dev=pairs), tuning)
     assert values["val_loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
@@ -808,19 +808,21 @@ def test_while_a_run_goes_on_no_other_takes_its_folder_and_ctrl_c_saves_it(base,
     assert torch.equal(saved["model.norm.weight"], state["weights"]["model.norm.weight"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def run_two_processes(*arguments):
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*program, ROOT / "finetune.py", "--device", "cpu", *arguments]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "dpo"])
 def test_two_processes_learn_what_one_learns(undisturbed, tmp_path, kind):
     """But for rounding: Adam's first steps go by the sign of a gradient, even of one that is nearly zero."""
     whole, arguments = undisturbed(kind)
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*program, ROOT / "finetune.py", "--device", "cpu", *arguments, "--out", tmp_path / "two"]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+    run_two_processes(*arguments, "--out", tmp_path / "two")
     for row, expected in zip(read_log(tmp_path / "two"), read_log(whole), strict=True):
         assert row.keys() == expected.keys()
-        if kind == "rl":  # each process draws its own answers
-            expected = {name: value for name, value in expected.items() if name in ("step", "lr")}
-        for name in expected.keys() - {"tokens"}:  # which count the row that fills up an uneven batch
+        for name in row.keys() - {"tokens"}:  # which count the row that fills up an uneven batch
             value = expected[name]
             assert float(row[name] or 0) == pytest.approx(float(value or 0), rel=0.02, abs=0.01), name
 
@@ -993,14 +995,14 @@ def test_answers_are_drawn_as_generate_draws_them_and_end_with_im_end(asked, tok
     prompts = [render(tokenizer, e.question, add_generation_prompt=True)[0] for e in chosen]
     longest = len(tokenizer.encode("and the dog")) + len(tokenizer.encode("the mat")) + 2
     sampling = dict(temperature=1.0, top_p=1.0, seed=7, stop_ids={end})
-    steps = list(generate(model, prompts, 8 + longest, **sampling))
+    steps = list(generate(model, prompts, longest, **sampling))
     assert rewards.shape == (3, G) and ids.shape == targets.shape and ids.size(1) % 8 == 0
     assert [asked.channels[i] for i in channels] == [one.channel for one in chosen]
     n_ended = 0
     for row, (prompt, one) in enumerate(zip(prompts, chosen)):
         said = [step[row] for step in steps if step[row] is not None]
-        n_ended += len(said) < 8 + longest
-        if len(said) < 8 + longest:
+        n_ended += len(said) < longest
+        if len(said) < longest:
             said = [*said, end]
         whole = prompt + said
         assert ids[row, : len(whole) - 1].tolist() == whole[:-1]
@@ -1010,6 +1012,20 @@ def test_answers_are_drawn_as_generate_draws_them_and_end_with_im_end(asked, tok
         text = tokenizer.decode(said).removesuffix(END)
         assert rewards[row // G, row % G] == float(said[-1] == end and text.strip() == one.answer)
     assert n_ended  # of answers that were all cut off, nothing would be learned
+
+
+def test_each_answer_may_fill_the_context_behind_its_own_question(tokenizer, model, monkeypatch):
+    """Though a batch may hold a long question with a short answer and a short one with a long answer."""
+    long, short = turn("the cat sat on the mat and " * 5, "x"), turn("x", "12345" * 6)
+    lengths = [len(render(tokenizer, one.conversations[0])[0]) for one in (long, short)]
+    part = Examples([long, short], tokenizer, max(lengths) - 1, 2, whole=True)
+    monkeypatch.setattr(stage, "complete", lambda model, tokenizer, last, most, **settings: [[65] * most] * 4)
+    ids, targets, _, _ = draw_answers(model, tokenizer, part, [0, 1], 2, seed=0)
+    answered = (targets != IGNORED).sum(1).tolist()
+    asked = [len(stage.question_ids(tokenizer, one)) for one in (long, short)]
+    longest = len(tokenizer.encode(short.answer)) + 1
+    expected = [min(longest, part.block_size + 1 - n) for n in asked]
+    assert answered == [expected[0]] * 2 + [expected[1]] * 2 and expected[1] == longest > expected[0]
 
 
 def test_an_answer_that_was_cut_off_earns_nothing(asked, tokenizer, model, monkeypatch):
@@ -1048,6 +1064,23 @@ def test_equal_answers_are_learned_as_one_and_the_gradient_is_the_same(model):
         assert len(kept) == n_rows and kept.sum() == n
 
 
+def test_replay_adds_its_share_of_the_batch_times_its_mean_loss(asked, tokenizer, model, monkeypatch):
+    monkeypatch.setattr(stage, "reward", lambda example, text: 1.0)  # but 0 for those that are cut off
+    monkeypatch.setitem(model.config.__dict__, "block_size", 96)
+    blocks = Blocks(torch.arange(40 * 97).numpy() % 256, 96, 0)
+    tuning = tune_settings(batch_size=5, n_replay=3, n_answers=4)
+    losses = {}
+    for some in (None, blocks):
+        batch, measures, _ = stage.draw_batch(1, asked, some, model, tokenizer, tuning)
+        losses[some], _ = RewardLoss(model)(*batch)
+        assert len(measures) == 2 * 4
+    ids, targets = blocks.batch(1, 3)
+    T = batch[0].size(1)
+    with torch.no_grad():
+        replayed = model.loss(ids[:, :T].contiguous(), targets[:, :T].contiguous())
+    assert (losses[blocks] - losses[None]).item() / 8 == pytest.approx(3 / 5 * replayed.item(), rel=1e-3)
+
+
 def test_rewards_are_measured_by_answer_and_by_group():
     rewards, targets = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.full((4, 5), IGNORED)
     for row, n in enumerate((1, 2, 3, 4)):
@@ -1063,11 +1096,10 @@ def test_rewards_are_measured_by_answer_and_by_group():
     assert dict(zip(REWARD_MEASURES, measures.T.tolist())) == expected
 
 
-@pytest.mark.parametrize("lora", [(), ("--lora-rank", 4)])
-def test_a_chat_model_that_is_sometimes_right_becomes_right_more_often(chatting, chat, tmp_path, lora):
+def test_a_chat_model_that_is_sometimes_right_becomes_right_more_often(chatting, chat, tmp_path):
     out, test = tmp_path / "out", chatting.parent / "test.jsonl"
-    options = ("--method", "rl", "--examples", chat, "--test", test, *SHORT[:4], *lora, "--evals", 4)
-    printed = run_here("--model", chatting, *options, "--lr", 0.003, "--steps", 60, "--out", out)
+    options = ("--method", "rl", "--examples", chat, "--test", test, *SHORT[:4], "--evals", 4)
+    printed = run_here("--model", chatting, *options, "--lr", 0.003, "--steps", 100, "--out", out)
     assert "6 questions a step, 8 answers drawn to each" in printed
     assert "25% of each batch from test-finetune" in printed
     rows = read_log(out)
@@ -1086,20 +1118,61 @@ def test_a_chat_model_that_is_sometimes_right_becomes_right_more_often(chatting,
     assert (found["base"], found["tuned"], found["n"]) == (before["base"], before["tuned"], 16)
     assert found["rewarded"] >= found["tuned"]
     assert "base          tuned       rewarded" in printed
-    assert (out / "adapter").exists() == bool(lora)
 
 
-def test_the_base_has_no_column_where_its_answers_are_of_another_test(chatting, chat, tmp_path):
-    test = write_lines(tmp_path / "test.jsonl", [{"prompt": "say cat 0", "completion": "cat"}])
+def test_an_update_alone_learns_from_rewards_too(chatting, chat, tmp_path):
+    out = tmp_path / "out"
+    options = ("--method", "rl", "--examples", chat, *SHORT[:4], "--lora-rank", 2, "--steps", 2)
+    run_here("--model", chatting, *options, "--out", out)
+    before, after = (safetensors.torch.load_file(path / "model.safetensors") for path in (chatting, out))
+    same = {name for name, weight in before.items() if torch.equal(weight, after[name])}
+    assert same == {name for name in before if not name.endswith("_proj.weight")}
+    assert (out / "adapter/adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("question", [0, 1])
+def test_the_base_has_no_column_where_its_answers_are_of_another_test(chatting, chat, tmp_path, question):
+    """Of another number of questions, or of others."""
+    lines = [{"prompt": f"say cat {question}", "completion": "cat"}] * (1 + 15 * question)
+    test = write_lines(tmp_path / "test.jsonl", lines)
     options = ("--method", "rl", "--examples", chat, "--test", test, *SHORT[:4], "--steps", 1)
-    run_here("--model", chatting, *options, "--out", tmp_path / "out")
+    printed = run_here("--model", chatting, *options, "--out", tmp_path / "out")
     found = json.loads((tmp_path / "out/results.json").read_text())["exact_match"]["all"]
     assert found.keys() == {"tuned", "rewarded", "most_frequent", "n"}
+    assert "questions          tuned       rewarded" in printed
+
+
+def test_two_processes_share_the_questions_of_a_step(asked, chatting, tokenizer, monkeypatch):
+    model, found = Transformer.load(chatting), []
+    tuning = tune_settings(batch_size=2, n_answers=3)
+
+    def draw_and_record(model, tokenizer, examples, indices, *others):
+        found.append(indices)
+        return draw_answers(model, tokenizer, examples, indices, *others)
+
+    monkeypatch.setattr(stage, "draw_answers", draw_and_record)
+    for rank, world in ((0, 1), (0, 2), (1, 2)):
+        monkeypatch.setattr(stage, "rank_and_world", lambda rank=rank, world=world: (rank, world))
+        stage.draw_batch(1, asked, None, model, tokenizer, tuning)
+    both, first, second = found
+    assert both == first + second == asked.epoch(0)[1]
+
+
+def test_two_processes_draw_the_same_answers_to_held_out_questions_as_one(chatting, chat, tmp_path):
+    """With hardly any learning, since to training questions each process draws answers of its own."""
+    options = ("--method", "rl", "--examples", chat, *SHORT[:4], "--lr", 1e-9, "--steps", 2, "--evals", 1)
+    run_here("--model", chatting, *options, "--out", tmp_path / "one")
+    run_two_processes("--model", chatting, *options, "--out", tmp_path / "two")
+    *_, row = read_log(tmp_path / "two")
+    *_, expected = read_log(tmp_path / "one")
+    assert row.keys() == expected.keys() and 0 < float(row["val_reward"]) < 1
+    for name in [name for name in row if name.startswith("val_")]:
+        assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-3), name
 
 
 def test_the_reward_is_a_function_to_edit(chatting, chat, tmp_path, monkeypatch):
     """Here what is shorter is better."""
-    monkeypatch.setattr(stage, "reward", lambda example, text: -0.1 * len(text))
+    monkeypatch.setattr(stage, "reward", lambda example, text: 1 / (1 + len(text)))
     options = ("--method", "rl", "--examples", chat, *SHORT[:4], "--lr", 0.01, "--steps", 40, "--evals", 1)
     run_here("--model", chatting, *options, "--replay", 0, "--out", tmp_path / "out")
     rows = read_log(tmp_path / "out")
@@ -1224,6 +1297,7 @@ def test_the_longest_batch_is_tried_first_and_halved_until_it_fits(
         (["--answers", "4"], "--answers is of no use with --method sft"),
         (["--method", "rl", "--answers", "1"], "--answers 1 leaves nothing to compare an answer with"),
         (["--method", "rl", "--beta", "0.2"], "--beta is of no use with --method rl"),
+        (["--method", "rl"], "was not taught to chat: first run `python finetune.py --model "),
     ],
 )
 def test_a_mistake_is_named(base, chat, tmp_path, arguments, message):
