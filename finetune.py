@@ -244,10 +244,10 @@ def question_ids(tokenizer, example):
     return render(tokenizer, example.question, add_generation_prompt=True)[0]
 
 
-def complete(model, tokenizer, prompts, max_new_tokens, **settings):
+def complete(model, tokenizer, prompts, max_new_tokens, **sampling):
     """What generate writes after each prompt, as a list of ids, without the one that ended it."""
     unused = find_unused_ids(model, tokenizer)
-    steps = list(generate(model, prompts, max_new_tokens, unused_ids=unused, **settings))
+    steps = list(generate(model, prompts, max_new_tokens, unused_ids=unused, **sampling))
     return [[step[row] for step in steps if step[row] is not None] for row in range(len(prompts))]
 
 
@@ -377,39 +377,48 @@ def advantages(rewards):
     return rewards - others / (rewards.size(1) - 1)
 
 
+def draw(model, tokenizer, prompts, G, max_new_tokens, seed):
+    """Draw G answers to each of P prompts, at temperature 1 -> P G lists of ids, without their <|im_end|>."""
+    longest = max(map(len, prompts))
+    cache = make_cache(model, len(prompts), longest + max_new_tokens)
+    prefill(model, cache, [prompt[:-1] for prompt in prompts])  # each prompt is read once
+    rows = torch.arange(len(prompts)).repeat_interleave(G)
+    cache.k, cache.v, cache.lengths = cache.k[:, rows], cache.v[:, rows], cache.lengths[rows]
+    last = [prompts[i][-1:] for i in rows]
+    sampling = dict(seed=seed, temperature=1.0, top_p=1.0, cache=cache)
+    stop_ids = {tokenizer.special_tokens["<|im_end|>"]}
+    return complete(model, tokenizer, last, max_new_tokens, stop_ids=stop_ids, **sampling)
+
+
 @torch.no_grad()
 def draw_answers(model, tokenizer, examples, indices, G, seed):
-    """Draw G answers at temperature 1 to each question of Examples at P indices.
+    """Draw G answers to each question of Examples at P indices, and reward them.
 
     Returns ids and targets (P G, T), channels (P G,) and rewards (P, G). An answer ends with <|im_end|>; it
     may have as many tokens as what is learned of the longest of these examples. If it is cut off, it earns 0.
     """
-    asked = [examples.examples[i] for i in indices for _ in range(G)]
-    prompts = [question_ids(tokenizer, example) for example in asked]
-    longest_prompt = max(map(len, prompts))
+    chosen = [examples.examples[i] for i in indices]
+    prompts = [question_ids(tokenizer, example) for example in chosen]
     longest_answer = max(int(mask.sum()) for i in indices for _, mask in examples.rows[i])
-    cache = make_cache(model, len(indices), longest_prompt + longest_answer)
-    prefill(model, cache, [prompt[:-1] for prompt in prompts[::G]])  # each question is read once
-    rows = torch.arange(len(asked)) // G
-    cache.k, cache.v, cache.lengths = cache.k[:, rows], cache.v[:, rows], cache.lengths[rows]
-    im_end, last = tokenizer.special_tokens["<|im_end|>"], [prompt[-1:] for prompt in prompts]
-    sampling = dict(seed=seed, temperature=1.0, top_p=1.0, stop_ids={im_end}, cache=cache)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some rows leave the context; there they are cut off
-        answers = complete(model, tokenizer, last, longest_answer, **sampling)
-    T = min(-(-(longest_prompt + longest_answer) // 8) * 8, examples.block_size)  # see Examples.lengths
-    ids, targets = torch.zeros(len(asked), T, dtype=torch.long), torch.full((len(asked), T), IGNORED)
-    rewards = torch.zeros(len(asked))
-    for row, (example, prompt, answer_ids) in enumerate(zip(asked, prompts, answers)):
+        answers = draw(model, tokenizer, prompts, G, longest_answer, seed)
+    longest = max(map(len, prompts)) + longest_answer
+    T = min(-(-longest // 8) * 8, examples.block_size)  # see Examples.lengths
+    ids = torch.zeros(len(answers), T, dtype=torch.long)
+    targets, rewards = torch.full_like(ids, IGNORED), torch.zeros(len(answers))
+    channels = torch.zeros_like(ids[:, 0])
+    for row, answer_ids in enumerate(answers):
+        example, prompt = chosen[row // G], prompts[row // G]
+        channels[row] = examples.channels.index(example.channel)
         room = min(longest_answer, examples.block_size + 1 - len(prompt))
         if len(answer_ids) < room:  # it has ended
             rewards[row] = reward(example, tokenizer.decode(answer_ids))
-            answer_ids.append(im_end)
+            answer_ids.append(tokenizer.special_tokens["<|im_end|>"])
         whole = torch.tensor(prompt + answer_ids[:room])
         n = len(whole) - 1
         ids[row, :n] = whole[:-1]
         targets[row, len(prompt) - 1 : n] = whole[len(prompt) :]
-    channels = torch.tensor([examples.channels.index(example.channel) for example in asked])
     return ids, targets, channels, rewards.view(-1, G)
 
 

@@ -1142,6 +1142,18 @@ def test_the_base_has_no_column_where_its_answers_are_of_another_test(chatting, 
     assert "questions          tuned       rewarded" in printed
 
 
+def test_the_entropy_is_that_of_a_drawn_token(asked, tokenizer, model, monkeypatch):
+    """ln V, where every token is as likely as any other."""
+    monkeypatch.setitem(model.config.__dict__, "block_size", 96)
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+    tuning = tune_settings(batch_size=2, micro_batch=3, n_answers=4)
+    material = SimpleNamespace(dev=asked, tokenizer=tokenizer)
+    values = stage.evaluate_rewards(RewardLoss(model), REWARD_MEASURES, material, tuning)
+    assert values["val_entropy"] == pytest.approx(math.log(320), rel=1e-4)
+    assert values["val_length"] > 1
+
+
 def test_two_processes_share_the_questions_of_a_step(asked, chatting, tokenizer, monkeypatch):
     model, found = Transformer.load(chatting), []
     tuning = tune_settings(batch_size=2, n_answers=3)
