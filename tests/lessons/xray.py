@@ -1,0 +1,387 @@
+"""One HTML file in which a model lives: type, and see it think. It needs no network.
+
+python tests/lessons/xray.py [--model DIR] [--prompt TEXT] [--out xray.html]
+
+The page, xray.html beside this file, computes the forward pass and the tokens by itself, in plain JavaScript.
+Here stand what it shows, computed with PyTorch (the tests compare the two), and what puts a model into it.
+"""
+
+import argparse
+import ast
+import base64
+import inspect
+import json
+import math
+import os
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+import regex
+import tiktoken
+import torch
+import torch.nn.functional as F
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]
+
+import model as model_file  # noqa: E402
+import sample  # noqa: E402
+from lessons import index  # noqa: E402
+from model import Transformer, apply_rope, rope  # noqa: E402
+from tokenizer import BYTES, CHAT_TOKENS, Tokenizer, mend_surrogates, read_patterns, render, steps_of  # noqa: E402
+
+LIVE = 30_000_000  # parameters up to which a model gets into the page
+ROOM = 256  # tokens that a page reads at most
+N_LIKELIEST = 10
+
+# --- looking inside a model; ids are (1, T) ---
+
+
+@torch.no_grad()
+def record(model, ids, modules):
+    """What each of these modules returns while the model reads ids, without the dimension of the batch."""
+    found = {}
+    hooks = []
+    for module in modules:
+        hooks.append(module.register_forward_hook(lambda m, args, output: found.update({m: output[0]})))
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    return [found[module] for module in modules]
+
+
+def streams(model, ids):
+    """The stream (T, C) before the first block and behind each: a list of L + 1."""
+    return record(model, ids, [model.model.embed_tokens, *model.model.layers])
+
+
+@torch.no_grad()
+def logit_lens(model, ids):
+    """Yield the logits (T, V) that head(norm(x)) gives for each of `streams` (nostalgebraist, 2020)."""
+    for x in streams(model, ids):
+        yield model.head(model.model.norm(x))
+
+
+def cosine_distances(model, ids):
+    """1 - cos(before, behind) of each block at each position, (L, T) (Men et al., 2024)."""
+    x = torch.stack(streams(model, ids))
+    return 1 - F.cosine_similarity(x[:-1], x[1:], dim=-1)
+
+
+@torch.no_grad()
+def attention_weights(model, ids):
+    """The weights (L, H, T, T) of all layers, computed again, and what these make of the values (L, T, C)."""
+    config, T = model.config, ids.size(1)
+    cos, sin = rope(torch.arange(T), config, torch.float32)
+    unseen = torch.ones(T, T, dtype=torch.bool).triu(1)
+    attentions = [block.self_attn for block in model.model.layers]
+    modules = [part for a in attentions for part in (a.q_norm, a.k_norm, a.v_proj)]
+    found = iter(record(model, ids, modules))
+    all_weights, outputs = [], []
+    for attention, q, k, v in zip(attentions, found, found, found):
+        q, k = apply_rope(q.transpose(0, 1), cos, sin), apply_rope(k.transpose(0, 1), cos, sin)
+        v = v.view(T, -1, config.head_dim).transpose(0, 1)  # (K, T, D)
+        k, v = (x.repeat_interleave(config.n_head // config.n_kv_head, dim=0) for x in (k, v))  # (H, T, D)
+        scores = q @ k.mT / math.sqrt(config.head_dim)
+        weights = scores.masked_fill(unseen, -math.inf).softmax(-1)
+        all_weights.append(weights)
+        outputs.append(attention.o_proj((weights @ v).transpose(0, 1).reshape(T, -1)))
+    return torch.stack(all_weights), torch.stack(outputs)
+
+
+@torch.no_grad()
+def contributions(model, ids, tokens):
+    """What the embedding and each sublayer add to logits of `tokens` (T, n): (T, n, 1 + 2L), in sum the logits.
+
+    The final norm divides by the length of the whole stream; its scale is taken as it was.
+    """
+    modules = [model.model.embed_tokens]
+    for block in model.model.layers:
+        modules += [block.self_attn, block.mlp]
+    parts = torch.stack(record(model, ids, modules), 1)  # (T, 1 + 2L, C)
+    norm = model.model.norm
+    scale = (parts.sum(1).square().mean(-1) + model.config.norm_eps).rsqrt()
+    rows = (model.lm_head or model.model.embed_tokens).weight[tokens]  # (T, n, C)
+    return torch.einsum("tpc,c,t,tnc->tnp", parts, norm.weight, scale, rows)
+
+
+@torch.no_grad()
+def analyse(model, ids):
+    """All that the page shows of a text, under the names that it has there."""
+    config, T = model.config, ids.size(1)
+    (logits,) = model(ids)
+    log_p = logits.log_softmax(-1)
+    p, likeliest = log_p.exp().topk(N_LIKELIEST)
+    true = ids[0, 1:]
+    true_log_p = log_p[:-1].gather(1, true[:, None])
+    guesses = [logits.softmax(-1).max(-1) for logits in logit_lens(model, ids)]
+    weights, _ = attention_weights(model, ids)
+    modules = [model.model.embed_tokens]
+    for block in model.model.layers:
+        modules += [block.self_attn, block.mlp]
+    x = torch.stack(record(model, ids, modules), 1).cumsum(1)  # (T, 1 + 2L, C)
+    x = torch.cat((x, model.model.norm(x[:, -1:])), 1)
+    # the tokens that can be chosen: the likeliest, and the one that comes next in the text
+    chosen = torch.cat((likeliest, torch.cat((true, likeliest[-1:, 0]))[:, None]), 1)
+    return {
+        "ids": ids[0].tolist(),
+        "bits": [0, *rounded(-true_log_p[:, 0] / math.log(2))],  # nothing foretells the first token
+        "ranks": [0, *(1 + (log_p[:-1] > true_log_p).sum(-1)).tolist()],
+        "likeliest": {"ids": likeliest.tolist(), "p": rounded(p)},
+        "last": to_base64(logits[-1]),
+        "distances": rounded(cosine_distances(model, ids)),
+        "attention": [to_base64(layer) for layer in weights],
+        "lens": {"ids": [ids.tolist() for _, ids in guesses], "p": [rounded(p) for p, _ in guesses]},
+        "chosen": chosen.tolist(),
+        "logits": rounded(logits.gather(1, chosen)),
+        "p": rounded(log_p.gather(1, chosen).exp()),
+        "contributions": rounded(contributions(model, ids, chosen)),
+        "numbers": rounded(x[..., :4]),
+        "lengths": rounded(x.norm(dim=-1)),
+    }
+
+
+def rounded(x):
+    """A tensor as a list, with four digits."""
+    return [rounded(row) if row.ndim else float(f"{row:.4g}") for row in x]
+
+
+def to_base64(x):
+    """A tensor as float16, least byte first, in base64. ValueError: a number is too large for float16."""
+    half = x.detach().half()
+    if not half.isfinite().all():
+        raise ValueError(f"weights of {x.abs().max():.0f} are too large for float16")
+    return base64.b64encode(half.numpy().astype("<f2").tobytes()).decode()
+
+
+# --- the tokenizer in JavaScript's words ---
+
+EVERY_CHARACTER = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
+ONE_CHARACTER = r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\[pP](?:\w|\{\^?\w+\})|\\x..|\\u....|\\[sSdDwWrntfv]|\\\W|[^\\()|?*+{}$]"
+PIECE = regex.compile(
+    r"(?P<open>\((?:\?(?:[:=!]|i:|<[=!]))?)|(?P<close>\))|(?P<or>\|)|(?P<end>\$)"
+    rf"|(?P<quantifier>(?:[?*+]|\{{\d*,?\d*\}})(?P<kind>[?+]?))|(?P<one>{ONE_CHARACTER})",
+    regex.DOTALL,
+)
+
+
+@cache
+def spell_out(one):
+    """A part of a pattern that stands for one character, as all characters for which it stands, in ranges.
+
+    They are those of tiktoken's engine: every engine has its own version of Unicode. ValueError: none.
+    """
+    ranks = {byte: i for i, byte in enumerate(BYTES)}
+    encoding = tiktoken.Encoding("", pat_str=one, mergeable_ranks=ranks, special_tokens={"<": 256})
+    found = bytes(encoding.encode(EVERY_CHARACTER, disallowed_special=())).decode()  # no match, no token
+    ranges = []
+    for code in map(ord, found):
+        if ranges and ranges[-1][1] == code - 1:
+            ranges[-1][1] = code
+        else:
+            ranges.append([code, code])
+    if not ranges:
+        raise ValueError("it stands for no character")
+    return "[" + "".join(rf"\u{{{first:x}}}-\u{{{last:x}}}" for first, last in ranges) + "]"
+
+
+def javascript_pattern(pattern):
+    r"""A split pattern for JavaScript's flag "u". ValueError: a part of it cannot be written so.
+
+    Classes such as \p{L} and \s are written out, letters under (?i:...) in both cases; what is possessive,
+    X++, becomes a lookahead, which never gives back: (?=(?<a>X+))\k<a>.
+    """
+    out = []
+    opened = []  # for each open group: where it begins in `out`, and whether case is ignored
+    last = 0  # where the last complete part begins, to which a quantifier belongs
+    position = 0
+    while position < len(pattern):
+        piece = PIECE.match(pattern, position)
+        text = pattern[position:] if piece is None else piece.group()
+        ignore_case = bool(opened and opened[-1][1])
+        try:
+            if piece is None:
+                raise ValueError("it is not known here")
+            if piece["open"]:
+                opened.append((len(out), ignore_case or text == "(?i:"))
+                out.append(text.replace("?i:", "?:"))
+            elif piece["close"]:
+                last, _ = opened.pop()
+                out.append(text)
+            elif piece["quantifier"] and piece["kind"] == "+":
+                name = f"a{position}"
+                whole = "".join(out[last:]) + text[:-1]
+                out[last:] = [rf"(?:(?=(?<{name}>{whole}))\k<{name}>)"]
+            elif piece["one"]:
+                last = len(out)
+                if ignore_case:
+                    text = f"(?i:{text})"
+                out.append(spell_out(text))
+            else:
+                out.append(text)
+        except ValueError as error:
+            raise ValueError(f"the split pattern {pattern} has no form in JavaScript: {text!r}: {error}") from None
+        position = piece.end()
+    return "".join(out)
+
+
+def tokenizer_data(tokenizer, live):
+    """What the page needs of a tokenizer; each token as a string with one character per byte."""
+    added = {**tokenizer.special_tokens, **tokenizer._literals}
+    data = {
+        "tokens": [[i, token.decode("latin-1")] for i, token in tokenizer.tokens.items()],
+        "special": sorted(tokenizer.special_tokens.values()),
+    }
+    if not live:
+        return data
+    ids = {token: i for i, token in tokenizer.tokens.items() if i not in added.values()}
+    order = dict.fromkeys([*BYTES, *tokenizer.halves, *ids])  # in which they are merged, see read_ranks
+    patterns = read_patterns(tokenizer.document["pre_tokenizer"])
+    data["ranks"] = [[token.decode("latin-1"), ids.get(token, -1)] for token in order]
+    data["literals"] = tokenizer._literals
+    data["nfc"] = bool(steps_of(tokenizer.document.get("normalizer"), "normalizers"))
+    data["patterns"] = [[javascript_pattern(pattern), keep_rest] for pattern, keep_rest in patterns]
+    return data
+
+
+# --- the page ---
+
+# what each panel is about: a function and a lesson
+PANELS = {
+    "text": ("model.py", "Transformer.forward", "training", "cross_entropy_is_minus_log_probability"),
+    "next": ("sample.py", "probabilities_of", "decoding", "top_k_keeps_a_fixed_number_and_top_p_adapts"),
+    "lens": ("model.py", "Transformer.head", "inspection", "logit_lens"),
+    "attention": ("model.py", "Attention.forward", "inspection", "attention_weights"),
+    "blocks": ("model.py", "Block.forward", "inspection", "cosine_distance"),
+    "path": ("model.py", "Transformer.hidden", "memory", "number_of_parameters_follows"),
+}
+
+
+def reading(file, function, topic, lesson):
+    """The source of a function and a lesson, for a panel."""
+    (found,) = [entry for entry in index.lessons(topic) if lesson in entry[1]]
+    question, name, _ = found
+    part = model_file if file == "model.py" else sample
+    for word in function.split("."):
+        part = getattr(part, word)
+    path = HERE / f"test_{topic}.py"
+    source = path.read_text(encoding="utf-8")
+    (node,) = [node for node in ast.parse(source).body if getattr(node, "name", "") == name]
+    return {
+        "function": f"{file} {function}",
+        "source": inspect.cleandoc("\n" + inspect.getsource(part)),
+        "question": question,
+        "lesson": f"tests/lessons/test_{topic}.py {name}",
+        "answer": f"{index.claim(name)}\n\n{ast.get_docstring(node)}",
+    }
+
+
+
+def frames(tokenizer):
+    """The ids before and behind what is typed: {"text": [before, behind], "chat": [before, behind]}."""
+    content = tokenizer.encode("text")
+    ids = sample.to_prompt(tokenizer, "text")
+    found = {"text": [ids[: -len(content)], []]}
+    if tokenizer.special_tokens.keys() >= set(CHAT_TOKENS):
+        message = {"role": "user", "content": "text"}
+        ids, _ = render(tokenizer, [message], add_generation_prompt=True)
+        places = [i for i in range(len(ids)) if ids[i : i + len(content)] == content]
+        found["chat"] = [ids[: places[-1]], ids[places[-1] + len(content) :]]
+    return found
+
+
+def default_prompt(folder, model, tokenizer, mode):
+    """A question that the model was taught to answer, or what it writes by itself."""
+    if mode == "chat":
+        try:
+            return [*json.loads((folder / "results.json").read_bytes())["questions"].values()][0]
+        except (OSError, ValueError, LookupError, AttributeError, TypeError):  # of another program, or none
+            return "Hello!"
+    ids = sample.to_prompt(tokenizer, "\n")
+    unused = sample.find_unused_ids(model, tokenizer)
+    ends = sample.end_ids(folder, tokenizer)
+    steps = sample.generate(model, [ids], max_new_tokens=32, stop_ids=ends, unused_ids=unused)
+    return tokenizer.decode([new for (new,) in steps])
+
+
+# what the page needs of a Config
+SIZES = "vocab_size block_size n_layer n_head n_kv_head head_dim n_embd n_hidden norm_eps".split()
+
+
+def make_page(folder, prompt=None):
+    """The page of a model folder, as a str. ValueError: the folder or the prompt does not fit."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    model = Transformer.load(folder, dtype=torch.float32)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    config, ends = model.config, sample.end_ids(folder, tokenizer)
+    around, mode = frames(tokenizer), "text"
+    if tokenizer.special_tokens.get(CHAT_TOKENS[1]) in ends:
+        mode = "chat"
+    if prompt is None:
+        prompt = default_prompt(folder, model, tokenizer, mode)
+    prompt = mend_surrogates(prompt)
+    before, behind = around[mode]
+    ids = before + tokenizer.encode(prompt.strip() if mode == "chat" else prompt) + behind
+    ids = ids or sample.to_prompt(tokenizer, "")
+    room = min(ROOM, config.block_size)
+    if len(ids) > room:
+        raise ValueError(f"the prompt has {len(ids)} tokens, but this model's page reads {room} at most")
+    if max(ids) >= config.vocab_size:
+        raise ValueError(f"the prompt has the id {max(ids)}, but the model {config.vocab_size} rows")
+    live = config.num_params() <= LIVE
+    cos, sin = rope(torch.ones(1), config, torch.float32)
+    data = {
+        "name": folder.resolve().name,
+        "n_params": config.num_params(),
+        "config": {name: getattr(config, name) for name in SIZES},
+        "angles": torch.atan2(sin, cos)[0].tolist(),  # by which the pairs of a head turn from place to place
+        "room": room,
+        "tokenizer": tokenizer_data(tokenizer, live),
+        "ends": sorted(ends),
+        "frames": around,
+        "empty": sample.to_prompt(tokenizer, ""),
+        "mode": mode,
+        "prompt": prompt,
+        "panels": {name: reading(*about) for name, about in PANELS.items()},
+    }
+    weights = ""
+    if live:
+        data["weights"] = [[name, *weight.shape] for name, weight in model.state_dict().items()]
+        weights = to_base64(torch.cat([weight.flatten() for weight in model.state_dict().values()]))
+    else:
+        data["analysis"] = analyse(model, torch.tensor([ids]))
+    page = (HERE / "xray.html").read_text(encoding="utf-8")
+    # "<" could end the script that holds the data
+    data = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", r"\u003c")
+    for name, content in (("data", data), ("weights", weights)):
+        before, behind = page.split(f'id="{name}"></script>')
+        page = f'{before}id="{name}">{content}</script>{behind}'
+    return page
+
+
+def main():
+    parser = argparse.ArgumentParser(description="An HTML file in which a model lives.", exit_on_error=False)
+    parser.add_argument("--model", metavar="DIR", help="model folder (the newest under out/)")
+    help = "where to begin (what the model writes by itself; for a chat model a question)"
+    parser.add_argument("--prompt", metavar="TEXT", help=help)
+    parser.add_argument("--out", metavar="FILE", default="xray.html", help="the file to write (xray.html)")
+    args = parser.parse_args()
+    out = Path(args.out)
+    page = make_page(args.model or sample.newest_model(), args.prompt)
+    out.write_text(page, encoding="utf-8")
+    kind = "the model and" if 'id="weights"></script>' not in page else "no live model (it is too large), but"
+    print(f"{out}: {len(page) / 2**20:.1f} MB, with {kind} all that is shown; open it in a browser")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, argparse.ArgumentError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
