@@ -1,20 +1,19 @@
-"""The page of tests/lessons/xray.py: its JavaScript against PyTorch (with node), and it itself in a browser."""
+"""The page of tests/lessons/xray.py: its JavaScript against PyTorch, with node; it itself, in a browser."""
 
 import json
 import random
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import WORDS, run_main
 from lessons import xray
 from torch import nn
 
-from model import Config, Transformer
+from model import PRESETS, Config, Transformer
 from sample import Sampling, probabilities_of, to_prompt
 from tokenizer import GPT2_PATTERN, GPT4_PATTERN, WORDS_PATTERN, Tokenizer, render
 
@@ -25,7 +24,8 @@ DRIVER = """
 const fs = require("fs"), page = fs.readFileSync(process.argv[2], "utf8");
 const part = id => page.match(new RegExp(`<script[^>]*id="${id}"[^>]*>([^]*?)</script>`))[1];
 const engine = part("engine").replace('"use strict";', "");
-const data = JSON.parse(part("data")), {requests, texts, samplings} = JSON.parse(fs.readFileSync(process.argv[3], "utf8"));
+const data = JSON.parse(part("data"));
+const {requests, texts, samplings} = JSON.parse(fs.readFileSync(process.argv[3], "utf8"));
 eval(engine + `
   const plain = (key, value) => ArrayBuffer.isView(value) ? Array.from(value) : value;
   const model = new Model(data.config, data.angles, data.room, data.weights, part("weights"));
@@ -137,7 +137,9 @@ def test_the_page_computes_what_pytorch_computes(folder, tmp_path):
     reading, explained, lens = answers["reading"], answers["explained"], answers["lens"]["lens"]
     assert reading["ids"] == expected["ids"] and reading["ranks"] == expected["ranks"]
     close(reading["bits"], expected["bits"])
-    close(reading["likeliest"]["p"], expected["likeliest"]["p"])
+    for ours, theirs in zip(reading["likeliest"], expected["likeliest"], strict=True):
+        assert ours["ids"] == theirs["ids"]
+        close(ours["p"], theirs["p"])
     close(reading["distances"], expected["distances"])
     with torch.no_grad():
         close(reading["last"], model(torch.tensor([ids]))[0, -1])
@@ -154,16 +156,24 @@ def test_the_page_computes_what_pytorch_computes(folder, tmp_path):
 @node
 def test_an_edit_is_read_from_its_place_on_and_off_parts_are_left_out(folder, tmp_path):
     model, tokenizer = Transformer.load(folder), Tokenizer.load(folder / "tokenizer.json")
-    first, edited = (to_prompt(tokenizer, text) for text in ("the cat sat on", "the cat and the dog sat on the mat"))
+    first, edited = (
+        to_prompt(tokenizer, text) for text in ("the cat sat on", "the cat and the dog sat on the mat")
+    )
     off = ["1.2", "0.mlp"]
     request = dict(at=3, token=None, wantsLens=False)
-    requests = [dict(request, ids=first, off=[]), dict(request, ids=edited, off=[]), dict(request, ids=edited, off=off)]
+    requests = [
+        dict(request, ids=first, off=[]),
+        dict(request, ids=edited, off=[]),
+        dict(request, ids=edited, off=off),
+    ]
     found = run_node(tmp_path, xray.make_page(folder, "the"), requests)
     _, whole, changed = [answer for answer in found["answers"] if answer["kind"] == "reading"]
     D = model.config.head_dim
 
     def without_head(module, args):
-        return torch.cat((args[0][..., : 2 * D], torch.zeros_like(args[0][..., :D]), args[0][..., 3 * D :]), -1)
+        return torch.cat(
+            (args[0][..., : 2 * D], torch.zeros_like(args[0][..., :D]), args[0][..., 3 * D :]), -1
+        )
 
     with torch.no_grad():
         close(whole["last"], model(torch.tensor([edited]))[0, -1])
@@ -195,8 +205,8 @@ LLAMA3_PATTERN = (
     r"|\s+(?!\S)|\s+"
 )
 CL100K_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
-    r"|\s+(?!\S)|\s"
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"
+    r"|\s*[\r\n]|\s+(?!\S)|\s"
 )
 O200K_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -222,7 +232,9 @@ def any_texts(n):
     for _ in range(n):
         pieces = []
         for _ in range(draw.randrange(30)):
-            pieces.append(draw.choice((draw.choice(signs), chr(draw.randrange(0x250)), chr(draw.randrange(0x110000)))))
+            pieces.append(
+                draw.choice((draw.choice(signs), chr(draw.randrange(0x250)), chr(draw.randrange(0x110000))))
+            )
         texts.append("".join(pieces))
     return texts
 
@@ -253,3 +265,288 @@ def test_steps_added_tokens_and_missing_bytes_give_the_same_ids(tmp_path, tokeni
     texts = [*any_texts(200), "cat^cat <think>1234 e\u0301q naïve <|im_end|>", "qqq", "", "a" * 5000]
     found = run_node(tmp_path, xray.make_page(tmp_path / "model", "the"), texts=texts)
     assert found["encoded"] == [changed.encode(text) for text in texts]
+
+
+# --- the page in a browser ---
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, of the system or of `playwright install chromium`."""
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="drives the browser: pip install playwright"
+    )
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = next(filter(None, map(shutil.which, names)), None)
+    with playwright.sync_playwright() as driver:
+        if path is None and not Path(driver.chromium.executable_path).exists():
+            pytest.skip("no browser: install Debian's package chromium, or run `playwright install chromium`")
+        browser = driver.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()
+
+
+def until(page, expression, arg=None):
+    """Wait for something; playwright's own way needs what the page's security policy forbids."""
+    for _ in range(250):
+        if page.evaluate(expression, arg):
+            return
+        page.wait_for_timeout(20)
+    raise AssertionError(f"{expression} does not come true")
+
+
+HTML = "<b>bold</b> <script>alert(1)</script> <img src=x onerror=alert(1)> &amp; </script>"
+SHOWN = "document.querySelector('#distribution').textContent"
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """Opens a page; at the end it must have said nothing on the console and asked for nothing elsewhere."""
+    said, asked, pages = [], [], []
+
+    def open_page(content, fragment="", width=1440):
+        path = tmp_path / "x-ray of a model.html"
+        path.write_text(content, encoding="utf-8")
+        pages.append(browser.new_page(viewport={"width": width, "height": 900}))
+        pages[-1].on("console", lambda message: said.append(message.text))
+        pages[-1].on("pageerror", lambda error: said.append(str(error)))
+        pages[-1].on("dialog", lambda dialog: said.append(dialog.message))
+        pages[-1].on("request", lambda request: asked.append(request.url))
+        pages[-1].goto(path.as_uri() + fragment)
+        pages[-1].wait_for_selector("#expected .row")
+        return pages[-1]
+
+    yield open_page
+    for page in pages:
+        page.wait_for_timeout(50)
+        page.close()
+    assert not said
+    assert asked and all(url.startswith(("file:", "blob:")) for url in asked)
+
+
+@pytest.fixture(scope="module")
+def page_of_model(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("xray") / "tiny"
+    make_model(tokenizer).save(folder, tokenizer=tokenizer)
+    return xray.make_page(folder, "the cat sat")
+
+
+def tokens_shown(page):
+    """What the strip of tokens shows, without the place for the next one."""
+    return page.locator("#strip .token:not(.next)").all_text_contents()
+
+
+def test_typing_changes_the_tokens_and_html_is_shown_as_text(opened, page_of_model, tokenizer):
+    page = opened(page_of_model)
+    assert "".join(tokens_shown(page)) == "the cat sat"
+    for text in (HTML, "naïve 日本語\n", "the dog"):
+        page.fill("#input", text[:60])
+        until(
+            page,
+            "n => document.querySelectorAll('#strip .token').length === n + 1",
+            arg=len(tokenizer.encode(text[:60])),
+        )
+    page.fill("#input", HTML)
+    until(page, "document.querySelectorAll('#strip .token').length === 65")
+    assert f"Only the first 64 of its {len(tokenizer.encode(HTML))} tokens" in page.text_content("#full")
+    assert HTML.startswith("".join(tokens_shown(page)).replace("↵", ""))
+    assert page.locator("#strip b, #strip img, .lens b, .arcs img").count() == 0
+
+
+def test_a_prompt_that_looks_like_html_stays_text_within_the_data(opened, tmp_path, tokenizer):
+    make_model(tokenizer, block_size=256).save(tmp_path / "model", tokenizer=tokenizer)
+    page = opened(xray.make_page(tmp_path / "model", HTML))
+    assert "".join(tokens_shown(page)) == HTML == page.input_value("#input")
+    assert page.locator("#strip b, #strip img").count() == 0
+
+
+def test_sliders_redraw_the_distribution_and_a_drawn_token_is_written(opened, page_of_model):
+    page = opened(page_of_model)
+    before = page.evaluate(SHOWN)
+    page.locator("#sliders input").nth(0).fill("2")
+    assert page.evaluate(SHOWN) != before
+    page.locator("#sliders input").nth(1).fill("3")
+    assert page.locator("#distribution .row.cut").count() == 9
+    assert "3 of 302" in page.text_content("#kept")
+    page.locator("#sliders input").nth(0).fill("0")
+    likeliest = page.text_content("#distribution .row >> nth=0").replace("␣", " ").replace("↵", "↵\n")
+    page.click("#step")
+    page.wait_for_selector("#distribution .row.drawn")
+    page.wait_for_selector("#strip .written")
+    assert likeliest.startswith(page.text_content("#strip .written"))
+    page.locator("#sliders input").nth(0).fill("1.5")
+    page.click("#play")
+    until(page, "document.querySelectorAll('#strip .written').length > 3")
+    page.click("#play")
+    page.wait_for_timeout(300)
+    count = page.locator("#strip .written").count()
+    page.wait_for_timeout(400)
+    assert page.locator("#strip .written").count() == count  # it has stopped
+    page.reload()
+    page.wait_for_selector("#expected .row")
+    assert page.locator("#strip .written").count() == count  # the address holds it
+    page.click("#clear")
+    until(page, "document.querySelectorAll('#strip .written').length === 0")
+
+
+def test_switching_a_head_off_changes_the_logits(opened, page_of_model):
+    page = opened(page_of_model)
+    effect, shown = page.text_content("#effect"), page.evaluate(SHOWN)
+    page.click('[data-switch="1.2"]')
+    until(page, "before => document.querySelector('#distribution').textContent !== before", shown)
+    assert "Without what is switched off" in page.text_content("#effect") != effect
+    page.click("text=Switch all on")
+    until(page, "before => document.querySelector('#distribution').textContent === before", shown)
+    assert page.text_content("#effect") == effect
+
+
+def test_a_place_is_chosen_with_the_mouse_and_with_the_keys(opened, page_of_model):
+    page = opened(page_of_model)
+    expected = page.text_content("#expected")
+    page.locator("#strip .token").nth(2).click()
+    until(page, "before => document.querySelector('#expected').textContent !== before", expected)
+    assert "place=2" in page.url and page.locator("#strip .chosen").get_attribute("data-place") == "2"
+    page.keyboard.press("ArrowLeft")
+    assert "place=1" in page.url
+    page.locator(".maps button").nth(0).focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    assert "layer=1" in page.url and "head=1" in page.url
+    assert page.evaluate("document.activeElement.dataset.head") == "1.1"
+    page.locator("#expected .row").nth(3).click()
+    until(page, "document.querySelectorAll('#expected .row')[3].classList.contains('picked')")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.tagName") == "BUTTON"
+    page.locator(".about button").nth(0).click()
+    assert "def forward(self, ids, cache=None)" in page.text_content("#source")
+    page.keyboard.press("Escape")
+    assert not page.locator("#source").is_visible()
+
+
+def test_what_is_closed_is_not_computed(opened, page_of_model):
+    page = opened(page_of_model, "#open=")
+    page.wait_for_timeout(300)
+    assert page.locator(".lens td").count() == page.locator(".maps canvas").count() == 0
+    page.click("#lens summary")
+    page.wait_for_selector(".lens td")
+    page.click("#attention summary")
+    page.wait_for_selector(".maps canvas")
+    assert page.locator(".maps canvas").count() == 12 and "open=lens+attention" in page.url
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weights_on_the_path_are_all_weights(kind, opened, tmp_path, tokenizer):
+    model = make_model(tokenizer, **KINDS[kind])
+    model.save(tmp_path / "model", tokenizer=tokenizer)
+    page = opened(xray.make_page(tmp_path / "model", "the"), "#open=path&layer=1")
+    counts = page.locator(".path td:nth-child(3)").all_text_contents()
+    assert sum(int(text.replace(",", "") or 0) for text in counts) == model.config.num_params()
+
+
+@pytest.mark.parametrize(
+    "fragment",
+    [
+        "#place=-3&layer=9&head=x&temperature=1e9&off=7.9+x&written=5+99999+x&mode=y",
+        "#text=%ff%00&token=abc&topK=-4&open=zzz&place=999999",
+        "#%%%",
+        "#toString=1&__proto__=2",
+    ],
+)
+def test_an_address_that_makes_no_sense_does_no_harm(fragment, opened, page_of_model):
+    page = opened(page_of_model, fragment)
+    assert page.locator("#distribution .row").count() == 12
+
+
+def test_a_large_model_is_shown_without_living_in_the_page(opened, tmp_path, tokenizer, monkeypatch):
+    make_model(tokenizer).save(tmp_path / "model", tokenizer=tokenizer)
+    everything = "#open=lens+attention+blocks+path&place=2"
+    live = opened(xray.make_page(tmp_path / "model", "the cat sat"), everything)
+    live.wait_for_selector(".lens td")
+    monkeypatch.setattr(xray, "LIVE", 1000)
+    content = xray.make_page(tmp_path / "model", "the cat sat")
+    assert 'id="weights"></script>' in content
+    page = opened(content, everything)
+    for panel in (
+        "#strip",
+        "#expected",
+        "#distribution",
+        ".lens",
+        "#when",
+        ".maps",
+        "#looks",
+        "#effect",
+        ".path",
+    ):
+        assert page.text_content(panel) == live.text_content(panel), panel
+    assert "too large for a page" in page.text_content("#facts")
+    assert (
+        not page.locator("#step").is_visible()
+        and page.locator("#input").get_attribute("readonly") is not None
+    )
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_the_page_is_not_wider_than_the_screen(width, opened, page_of_model):
+    page = opened(page_of_model, "#open=lens+attention+blocks+path", width)
+    page.wait_for_selector(".lens td")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_a_chat_model_gets_a_question_and_answers_it(opened, tmp_path, tokenizer):
+    model = make_model(tokenizer)
+    ends = [tokenizer.special_tokens["<|im_end|>"]]
+    model.save(tmp_path / "model", tokenizer=tokenizer, end_ids=ends)
+    page = opened(xray.make_page(tmp_path / "model", " the cat "))
+    ids, _ = render(tokenizer, [{"role": "user", "content": "the cat"}], add_generation_prompt=True)
+    assert [text.replace("↵\n", "\n") for text in tokens_shown(page)] == [tokenizer.decode([i]) for i in ids]
+    page.click("text=A text")
+    until(page, "document.querySelectorAll('#strip .special').length === 0")
+    assert "".join(tokens_shown(page)) == " the cat "
+
+
+# --- the command ---
+
+
+def test_nanos_page_is_below_8_mb(tmp_path, tokenizer):
+    shape = PRESETS["nano"] | dict(vocab_size=4096)
+    Transformer(Config(**shape)).save(tmp_path / "model", tokenizer=tokenizer)
+    assert len(xray.make_page(tmp_path / "model", "the").encode()) < 8 * 2**20
+
+
+def test_without_a_prompt_the_page_begins_with_a_question_or_the_models_own_text(tmp_path, tokenizer):
+    model = make_model(tokenizer)
+    model.save(tmp_path / "base", tokenizer=tokenizer)
+    model.save(tmp_path / "chat", tokenizer=tokenizer, end_ids=[tokenizer.special_tokens["<|im_end|>"]])
+    for name in ("base", "chat"):
+        data = re.search(r'id="data">(.*?)</script>', xray.make_page(tmp_path / name))[1]
+        assert json.loads(data)["mode"] == {"base": "text", "chat": "chat"}[name]
+    (tmp_path / "chat" / "results.json").write_text('{"questions": {"count": "how many?"}}')
+    data = re.search(r'id="data">(.*?)</script>', xray.make_page(tmp_path / "chat"))[1]
+    assert json.loads(data)["prompt"] == "how many?"
+
+
+def test_mistakes_are_one_clear_line(tmp_path, tokenizer):
+    def run(*options):
+        return run_main(xray.main, "xray.py", "--out", tmp_path / "page.html", *options)
+
+    with pytest.raises(ValueError, match="there is no folder nowhere"):
+        run("--model", "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty cannot be opened"):
+        run("--model", tmp_path / "empty")
+    model = make_model(tokenizer)
+    model.save(tmp_path / "model", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="the prompt has 200 tokens, but this model's page reads 64 at most"):
+        run("--model", tmp_path / "model", "--prompt", "é" * 200)
+    assert not (tmp_path / "page.html").exists()
+    with torch.no_grad():
+        model.model.norm.weight[3] = 1e6
+    model.save(tmp_path / "model", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="weights of 1000000 are too large for float16"):
+        run("--model", tmp_path / "model", "--prompt", "the")
+    odd = Tokenizer.train([WORDS], 300, pattern=r"\w+\b|[\s\S]")
+    make_model(odd).save(tmp_path / "odd", tokenizer=odd)
+    with pytest.raises(
+        ValueError, match="split pattern .* has no form in JavaScript: .* it is not known here"
+    ):
+        run("--model", tmp_path / "odd", "--prompt", "the")

@@ -1,7 +1,6 @@
 """Inspection: looking inside a model with a few lines of hooks."""
 
 import copy
-import math
 
 import torch
 import torch.nn.functional as F
@@ -9,47 +8,9 @@ from torch import nn
 
 from data.loader import IGNORED
 from finetune import averages
-from model import apply_rope, rope
 
 from .book import CHARACTERS, SPEECH, causal, drawn_model, largest, table, to_ids
-
-
-@torch.no_grad()
-def streams(model, ids):
-    """What enters each block, and what leaves the last: a list of (B, T, C)."""
-    found = []
-    blocks = model.model.layers
-    hooks = [block.register_forward_pre_hook(lambda module, args: found.append(args[0])) for block in blocks]
-    hooks.append(blocks[-1].register_forward_hook(lambda module, args, output: found.append(output)))
-    model(ids)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
-def show_cos_distance(model, ids):
-    """1 - cos(in, out) of each block, the mean over tokens."""
-    x = streams(model, ids)
-    return [1 - F.cosine_similarity(before, after, -1).mean().item() for before, after in zip(x, x[1:])]
-
-
-def show_topk_token(model, ids, k):
-    """The k tokens to which each block's input, and the last one's output, would lead, each (T, k)."""
-    return [model.head(model.model.norm(x))[0].topk(k).indices for x in streams(model, ids)]
-
-
-def show_attention(model, ids, layer):
-    """The weights (H, T, T) of a layer, and its output (T, C) by them."""
-    block, x, T = model.model.layers[layer], streams(model, ids)[layer], ids.size(1)
-    attention, x = block.self_attn, block.input_layernorm(x)
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    q, k, v = (proj(x)[0].view(T, -1, attention.head_dim).transpose(0, 1) for proj in projections)
-    cos, sin = rope(torch.arange(T), model.config, x.dtype)
-    q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-    k, v = (t.repeat_interleave(len(q) // len(k), 0) for t in (k, v))  # (H, T, D)
-    scores = (q @ k.mT / math.sqrt(attention.head_dim)).masked_fill(~causal(T), -math.inf)
-    weights = scores.softmax(-1)
-    return weights, attention.o_proj((weights @ v).transpose(0, 1).reshape(T, -1))
+from .xray import attention_weights, cosine_distances, logit_lens, record, streams
 
 
 def test_the_cosine_distance_of_a_block_that_does_nothing_is_zero(reader_of_the_speech):
@@ -67,8 +28,8 @@ def test_the_cosine_distance_of_a_block_that_does_nothing_is_zero(reader_of_the_
     for linear in (idle.model.layers[1].self_attn.o_proj, idle.model.layers[1].mlp.down_proj):
         nn.init.zeros_(linear.weight)
     rows = [
-        ("trained", *show_cos_distance(reader_of_the_speech, ids)),
-        ("block 1 zeroed", *show_cos_distance(idle, ids)),
+        ("trained", *cosine_distances(reader_of_the_speech, ids).mean(-1).tolist()),
+        ("block 1 zeroed", *cosine_distances(idle, ids).mean(-1).tolist()),
     ]
     table("model | block 0 turns the stream by | block 1", *rows)
     assert abs(rows[1][2]) < 1e-5 < 0.01 < min(rows[0][1:])
@@ -85,13 +46,12 @@ def test_the_logit_lens_needs_the_final_norm(reader_of_the_speech):
     Source: nostalgebraist (2020), "interpreting GPT: the logit lens"; Belrose et al. (2023, arXiv 2303.08112)
     """
     model, ids = reader_of_the_speech, to_ids("Four score and seven years")[None]
-    guesses, rows = show_topk_token(model, ids[:, :-1], 3), []
-    for i, x in enumerate(streams(model, ids[:, :-1])):
-        loss = F.cross_entropy(model.head(model.model.norm(x))[0], ids[0, 1:]).item()
-        likely = " ".join(repr(CHARACTERS[token]) for token in guesses[i][-1])
-        rows.append((f"{i} blocks", likely, loss))
+    rows = []
+    for i, logits in enumerate(logit_lens(model, ids[:, :-1])):
+        likely = " ".join(repr(CHARACTERS[token]) for token in logits[-1].topk(3).indices)
+        rows.append((f"{i} blocks", likely, F.cross_entropy(logits, ids[0, 1:]).item()))
     last = streams(model, ids[:, :-1])[-1]
-    without = F.cross_entropy(model.head(last)[0], ids[0, 1:]).item()
+    without = F.cross_entropy(model.head(last), ids[0, 1:]).item()
     table(
         "after | likeliest after 'Four score and seven year' | loss",
         *rows,
@@ -111,21 +71,19 @@ def test_attention_weights_must_reproduce_the_output_of_their_layer(reader_of_th
     Code: model.py Attention.forward
     Source: Dao et al. (2022, arXiv 2205.14135)
     """
-    model, text, found = reader_of_the_speech, "that nation might", {}
+    model, text = reader_of_the_speech, "that nation might"
     ids = to_ids(text)[None]
-    attention = model.model.layers[1].self_attn
-    hook = attention.register_forward_hook(lambda module, args, output: found.update(output=output[0]))
-    weights, by_hand = show_attention(model, ids, layer=1)
-    hook.remove()
+    outputs = torch.stack(record(model, ids, [block.self_attn for block in model.model.layers]))
+    weights, by_hand = attention_weights(model, ids)
     rows = []
-    for head, of_head in enumerate(weights):
+    for head, of_head in enumerate(weights[1]):
         looks = of_head[-1].topk(2).indices.tolist()
         rows.append((head, *(f"{text[i]!r} at {i}, {of_head[-1, i]:.2f}" for i in looks)))
     table("head of block 1 | the last letter looks most at | and at", *rows)
-    error = largest(by_hand - found["output"])
+    error = largest(by_hand - outputs)
     print(f"    error of the output: {error:.0e}")
     assert error < 1e-5
-    assert torch.allclose(weights.sum(-1), torch.ones(4, len(text)), atol=1e-5)
+    assert torch.allclose(weights.sum(-1), torch.ones(2, 4, len(text)), atol=1e-5)
     assert (weights * ~causal(len(text))).abs().max() == 0
 
 

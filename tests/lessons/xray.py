@@ -12,9 +12,8 @@ import base64
 import inspect
 import json
 import math
-import os
-import re
 import sys
+import textwrap
 from functools import cache
 from pathlib import Path
 
@@ -93,9 +92,10 @@ def attention_weights(model, ids):
 
 @torch.no_grad()
 def contributions(model, ids, tokens):
-    """What the embedding and each sublayer add to logits of `tokens` (T, n): (T, n, 1 + 2L), in sum the logits.
+    """What the embedding and each sublayer add to the logits of `tokens` (T, n): (T, n, 1 + 2L).
 
-    The final norm divides by the length of the whole stream; its scale is taken as it was.
+    Their sum is the logit: the final norm divides by the length of the whole stream, and that is taken as it
+    was.
     """
     modules = [model.model.embed_tokens]
     for block in model.model.layers:
@@ -110,7 +110,6 @@ def contributions(model, ids, tokens):
 @torch.no_grad()
 def analyse(model, ids):
     """All that the page shows of a text, under the names that it has there."""
-    config, T = model.config, ids.size(1)
     (logits,) = model(ids)
     log_p = logits.log_softmax(-1)
     p, likeliest = log_p.exp().topk(N_LIKELIEST)
@@ -129,7 +128,7 @@ def analyse(model, ids):
         "ids": ids[0].tolist(),
         "bits": [0, *rounded(-true_log_p[:, 0] / math.log(2))],  # nothing foretells the first token
         "ranks": [0, *(1 + (log_p[:-1] > true_log_p).sum(-1)).tolist()],
-        "likeliest": {"ids": likeliest.tolist(), "p": rounded(p)},
+        "likeliest": [{"ids": ids, "p": p} for ids, p in zip(likeliest.tolist(), rounded(p))],
         "last": to_base64(logits[-1]),
         "distances": rounded(cosine_distances(model, ids)),
         "attention": [to_base64(layer) for layer in weights],
@@ -159,7 +158,9 @@ def to_base64(x):
 # --- the tokenizer in JavaScript's words ---
 
 EVERY_CHARACTER = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
-ONE_CHARACTER = r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\[pP](?:\w|\{\^?\w+\})|\\x..|\\u....|\\[sSdDwWrntfv]|\\\W|[^\\()|?*+{}$]"
+ONE_CHARACTER = (
+    r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\[pP](?:\w|\{\^?\w+\})|\\x..|\\u....|\\[sSdDwWrntfv]|\\\W|[^\\()|?*+{}$]"
+)
 PIECE = regex.compile(
     r"(?P<open>\((?:\?(?:[:=!]|i:|<[=!]))?)|(?P<close>\))|(?P<or>\|)|(?P<end>\$)"
     rf"|(?P<quantifier>(?:[?*+]|\{{\d*,?\d*\}})(?P<kind>[?+]?))|(?P<one>{ONE_CHARACTER})",
@@ -222,7 +223,9 @@ def javascript_pattern(pattern):
             else:
                 out.append(text)
         except ValueError as error:
-            raise ValueError(f"the split pattern {pattern} has no form in JavaScript: {text!r}: {error}") from None
+            raise ValueError(
+                f"the split pattern {pattern} has no form in JavaScript: {text!r}: {error}"
+            ) from None
         position = piece.end()
     return "".join(out)
 
@@ -266,17 +269,16 @@ def reading(file, function, topic, lesson):
     part = model_file if file == "model.py" else sample
     for word in function.split("."):
         part = getattr(part, word)
-    path = HERE / f"test_{topic}.py"
-    source = path.read_text(encoding="utf-8")
-    (node,) = [node for node in ast.parse(source).body if getattr(node, "name", "") == name]
+    tree = ast.parse((HERE / f"test_{topic}.py").read_text(encoding="utf-8"))
+    (node,) = [node for node in tree.body if getattr(node, "name", "") == name]
+    _, answer, rest = ast.get_docstring(node).split("\n\n")
+    lesson = [index.claim(name), " ".join(answer.split()), rest, f"tests/lessons/test_{topic}.py {name}"]
     return {
         "function": f"{file} {function}",
-        "source": inspect.cleandoc("\n" + inspect.getsource(part)),
+        "source": textwrap.dedent(inspect.getsource(part)),
         "question": question,
-        "lesson": f"tests/lessons/test_{topic}.py {name}",
-        "answer": f"{index.claim(name)}\n\n{ast.get_docstring(node)}",
+        "lesson": "\n\n".join(lesson),
     }
-
 
 
 def frames(tokenizer):
@@ -307,7 +309,18 @@ def default_prompt(folder, model, tokenizer, mode):
 
 
 # what the page needs of a Config
-SIZES = "vocab_size block_size n_layer n_head n_kv_head head_dim n_embd n_hidden norm_eps".split()
+SIZES = [
+    "vocab_size",
+    "block_size",
+    "n_layer",
+    "n_head",
+    "n_kv_head",
+    "head_dim",
+    "n_embd",
+    "n_hidden",
+    "norm_eps",
+]
+SIZES += ["tie_embeddings", "qkv_bias", "qk_norm"]
 
 
 def make_page(folder, prompt=None):
