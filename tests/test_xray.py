@@ -134,7 +134,7 @@ def test_the_page_computes_what_pytorch_computes(folder, tmp_path):
     found = run_node(tmp_path, xray.make_page(folder, text), [request], [text])
     answers = {answer["kind"]: answer for answer in found["answers"]}
     assert found["encoded"] == [ids]
-    reading, explained, lens = answers["reading"], answers["explained"], answers["lens"]["lens"]
+    reading, explained, lens = answers["reading"], answers["explained"], answers["lens"]
     assert reading["ids"] == expected["ids"] and reading["ranks"] == expected["ranks"]
     close(reading["bits"], expected["bits"])
     for ours, theirs in zip(reading["likeliest"], expected["likeliest"], strict=True):
@@ -394,7 +394,7 @@ def test_switching_a_head_off_changes_the_logits(opened, page_of_model):
     effect, shown = page.text_content("#effect"), page.evaluate(SHOWN)
     page.click('[data-switch="1.2"]')
     until(page, "before => document.querySelector('#distribution').textContent !== before", shown)
-    assert "Without what is switched off" in page.text_content("#effect") != effect
+    assert "without what is switched off" in page.text_content("#effect") != effect
     page.click("text=Switch all on")
     until(page, "before => document.querySelector('#distribution').textContent === before", shown)
     assert page.text_content("#effect") == effect
