@@ -11,6 +11,7 @@ python tests/bench.py sample --peer BINARY      decoding against transformers an
 python tests/bench.py resume                    20 runs, killed at random moments: do they end alike?
 python tests/bench.py exit                      two processes, 20 times: do they end cleanly?
 python tests/bench.py ladder                    from a GPT-2 to train.py, idea by idea, in equal time
+python tests/bench.py xray                      the forward pass in a page of tests/lessons/xray.py, with node
 python tests/bench.py gpu                       what needs a GPU
 """
 
@@ -42,11 +43,12 @@ import torch.nn.functional as F
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import train  # noqa: E402
 from data.loader import Blocks, find_data, load_data  # noqa: E402
 from data.prepare import DATA, prepare  # noqa: E402
+from lessons import xray  # noqa: E402
 from model import PRESETS, Config, Transformer, config_from_json, fast_dtype, matmul_rate  # noqa: E402
 from sample import generate, pack  # noqa: E402
 from tokenizer import GPT4_PATTERN, SPECIAL_TOKENS, Tokenizer  # noqa: E402
@@ -1206,6 +1208,50 @@ def bench_gpu(args):
             print(f"{type(error).__name__}: {str(error)[:500]}", flush=True)
 
 
+# --- the x-ray page ---
+
+IN_NODE = """
+const page = require("fs").readFileSync(process.argv[1], "utf8");
+const part = id => page.match(new RegExp(`<script[^>]*id="${id}"[^>]*>([^]*?)</script>`))[1];
+const data = JSON.parse(part("data")), ids = Array.from({length: data.room}, (_, i) => i);
+eval(part("engine").replace('"use strict";', "") + `
+  const time = job => {
+    const start = performance.now();
+    job();
+    return performance.now() - start;
+  };
+  const model = new Model(data.config, data.angles, data.room, data.weights, part("weights"));
+  const reading = new Reading(model), runs = [];
+  for (let run = 0; run < 9; run++) {
+    reading.truncate(0);
+    const all = time(() => { while (reading.ids.length < 120) reading.read(ids.slice(0, 8)); });
+    runs.push([all, time(() => reading.read([1])), time(() => reading.readLens(121))]);
+  }
+  console.log(JSON.stringify(runs));
+`);
+"""
+
+
+def bench_xray(args):
+    """A page's size and, in node, milliseconds of its forward pass, beside PyTorch with one thread."""
+    torch.set_num_threads(1)
+    tokenizer = Tokenizer.load(find_data("pystdlib") / "tokenizer.json")
+    print("| model | page | 120 tokens | PyTorch | one more | lens of 121 |")
+    print("|---|---|---|---|---|---|")
+    for preset in args.presets:
+        model = Transformer(Config(tokenizer.vocab_size, block_size=128, **PRESETS[preset])).eval()
+        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+            model.save(folder, tokenizer=tokenizer)
+            page = Path(folder, "xray.html")
+            page.write_text(xray.make_page(folder, "def"), encoding="utf-8")
+            runs = json.loads(subprocess.check_output(["node", "-e", IN_NODE, page]))
+            everything, one, lens = (statistics.median(column) for column in zip(*runs))
+            ids = torch.randint(tokenizer.vocab_size, (1, 120))
+            theirs = 1000 * in_turn({"PyTorch": partial(model, ids)})["PyTorch"]
+            size = page.stat().st_size / 2**20
+        print(f"| {preset} | {size:.1f} MB | {everything:.0f} | {theirs:.1f} | {one:.1f} | {lens:.0f} |")
+
+
 # --- command line ---
 
 
@@ -1272,6 +1318,9 @@ def parse_arguments():
     add = offer("ladder", bench_ladder, "what each idea buys, in equal time")
     add("--seconds", type=float, default=60, help="for each rung (60)")
     add("--runs", type=int, default=3, help="of the whole ladder (3)")
+
+    add = offer("xray", bench_xray, "the forward pass in an x-ray page")
+    add("--presets", nargs="+", default=["pico", "nano", "micro"], choices=PRESETS, help="(pico nano micro)")
 
     add = offer("gpu", bench_gpu, "what needs a GPU")
     add("--parts", nargs="+", default=list(GPU_PARTS), choices=GPU_PARTS, help="(all)")

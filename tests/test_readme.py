@@ -151,8 +151,9 @@ def commands(page):
 def copy(tmp_path_factory):
     """The repository's own files in a folder of their own, with what the commands of the README name."""
     folder = tmp_path_factory.mktemp("readme")
-    for path in [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py"), *ROOT.glob("tests/[bp]*.py")]:
-        (folder / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+    files = [path for pattern in ("*.py", "data/*.py", "tests/[bp]*.py") for path in ROOT.glob(pattern)]
+    for path in [*files, *ROOT.glob("tests/lessons/*.*")]:
+        (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder / path.relative_to(ROOT))
     (folder / "text.txt").write_text(WORDS * 200, encoding="utf-8")
     (folder / "prompts.jsonl").write_text('{"prompt": "the cat"}\n{"prompt": "the dog"}\n')
