@@ -45,10 +45,11 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from lessons import xray  # noqa: E402
+
 import train  # noqa: E402
 from data.loader import Blocks, find_data, load_data  # noqa: E402
 from data.prepare import DATA, prepare  # noqa: E402
-from lessons import xray  # noqa: E402
 from model import PRESETS, Config, Transformer, config_from_json, fast_dtype, matmul_rate  # noqa: E402
 from sample import generate, pack  # noqa: E402
 from tokenizer import GPT4_PATTERN, SPECIAL_TOKENS, Tokenizer  # noqa: E402

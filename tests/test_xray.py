@@ -348,7 +348,7 @@ def test_typing_changes_the_tokens_and_html_is_shown_as_text(opened, page_of_mod
         )
     page.fill("#input", HTML)
     until(page, "document.querySelectorAll('#strip .token').length === 65")
-    assert f"Only the first 64 of its {len(tokenizer.encode(HTML))} tokens" in page.text_content("#full")
+    assert f"Only the first 64 of its {len(tokenizer.encode(HTML))} tokens" in page.text_content("#notes")
     assert HTML.startswith("".join(tokens_shown(page)).replace("↵", ""))
     assert page.locator("#strip b, #strip img, .lens b, .arcs img").count() == 0
 
@@ -382,6 +382,11 @@ def test_sliders_redraw_the_distribution_and_a_drawn_token_is_written(opened, pa
     count = page.locator("#strip .written").count()
     page.wait_for_timeout(400)
     assert page.locator("#strip .written").count() == count  # it has stopped
+    until(
+        page,
+        "n => new URLSearchParams(location.hash.slice(1)).get('written')?.split(' ').length === n",
+        count,
+    )
     page.reload()
     page.wait_for_selector("#expected .row")
     assert page.locator("#strip .written").count() == count  # the address holds it
@@ -405,13 +410,14 @@ def test_a_place_is_chosen_with_the_mouse_and_with_the_keys(opened, page_of_mode
     expected = page.text_content("#expected")
     page.locator("#strip .token").nth(2).click()
     until(page, "before => document.querySelector('#expected').textContent !== before", expected)
-    assert "place=2" in page.url and page.locator("#strip .chosen").get_attribute("data-place") == "2"
+    assert page.locator("#strip .chosen").get_attribute("data-place") == "2"
+    until(page, "location.hash.includes('place=2')")
     page.keyboard.press("ArrowLeft")
-    assert "place=1" in page.url
+    until(page, "location.hash.includes('place=1')")
     page.locator(".maps button").nth(0).focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
-    assert "layer=1" in page.url and "head=1" in page.url
+    until(page, "location.hash.includes('layer=1&head=1')")
     assert page.evaluate("document.activeElement.dataset.head") == "1.1"
     page.locator("#expected .row").nth(3).click()
     until(page, "document.querySelectorAll('#expected .row')[3].classList.contains('picked')")
@@ -423,6 +429,67 @@ def test_a_place_is_chosen_with_the_mouse_and_with_the_keys(opened, page_of_mode
     assert not page.locator("#source").is_visible()
 
 
+def test_two_switches_in_a_row_count_both_and_the_focus_stays(opened, page_of_model):
+    page = opened(page_of_model)
+    page.evaluate("for (const n of ['0.1', '0.2']) document.querySelector(`[data-switch='${n}']`).click()")
+    until(page, "location.hash.includes('off=0.1+0.2')")
+    assert page.text_content("#notes") == "Switched off in panel 5: head 1 of block 0, head 2 of block 0."
+    page.focus('[data-switch="1.mlp"]')
+    page.keyboard.press("Enter")
+    until(page, "document.querySelector('#effect').textContent.includes('without')")
+    until(page, "location.hash.includes('off=0.1+0.2+1.mlp')")
+    assert page.evaluate("document.activeElement.dataset.switch") == "1.mlp"
+    page.click("#blocks summary")  # what is off is off only while its panel is open
+    until(page, "document.querySelector('#notes').textContent === ''")
+
+
+def test_a_click_in_the_arcs_chooses_what_was_clicked(opened, page_of_model):
+    page = opened(page_of_model)
+    for _ in range(2):
+        page.locator(".arcs .token").nth(1).click()
+        assert page.locator("#strip .chosen").get_attribute("data-place") == "2"
+        chosen = (
+            "[...document.querySelectorAll('.arcs .token')].findIndex(e => e.classList.contains('chosen'))"
+        )
+        assert page.evaluate(chosen) == 1
+
+
+def test_an_edit_that_changes_no_token_moves_the_marks(opened, page_of_model):
+    page = opened(page_of_model, "#mode=chat")
+    page.locator("#strip .token").nth(3).click()
+    page.type("#input", " ")  # a chat turn is trimmed
+    assert page.locator("#strip .chosen").text_content() == "next"
+    until(page, "document.querySelector('.lens .chosen:last-child') !== null")
+
+
+def test_what_was_drawn_for_one_text_is_not_written_behind_another(opened, page_of_model):
+    page = opened(page_of_model)
+    page.click("#step")
+    page.evaluate("location.hash = '#text=the'")
+    until(page, "document.querySelector('#strip').textContent === 'thenext'")
+    page.wait_for_timeout(600)
+    assert page.locator("#strip .written").count() == page.locator("#distribution .drawn").count() == 0
+
+
+def test_the_coldest_temperature_shows_the_same_tokens(opened, page_of_model):
+    names = "[...document.querySelectorAll('#distribution .row :first-child')].map(e => e.textContent)"
+    shares = "[...document.querySelectorAll('#distribution .row > :last-child')].map(e => e.textContent)"
+    page = opened(page_of_model)
+    before = page.evaluate(names)
+    page.locator("#sliders input").nth(0).fill("0")
+    assert page.evaluate(names) == before and page.evaluate(shares) == ["1.00"] + ["0"] * 11
+
+
+def test_a_model_that_fails_says_so(browser, page_of_model, tmp_path):
+    (tmp_path / "page.html").write_text(page_of_model, encoding="utf-8")
+    page = browser.new_page()
+    page.goto((tmp_path / "page.html").as_uri())
+    page.wait_for_selector("#expected .row")
+    page.evaluate("ask({ids: null, off: []})")
+    until(page, "document.querySelector('#notes').textContent.includes('The model failed: ')")
+    page.close()
+
+
 def test_what_is_closed_is_not_computed(opened, page_of_model):
     page = opened(page_of_model, "#open=")
     page.wait_for_timeout(300)
@@ -431,7 +498,8 @@ def test_what_is_closed_is_not_computed(opened, page_of_model):
     page.wait_for_selector(".lens td")
     page.click("#attention summary")
     page.wait_for_selector(".maps canvas")
-    assert page.locator(".maps canvas").count() == 12 and "open=lens+attention" in page.url
+    assert page.locator(".maps canvas").count() == 12
+    until(page, "location.hash.includes('open=lens+attention')")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -450,6 +518,7 @@ def test_the_weights_on_the_path_are_all_weights(kind, opened, tmp_path, tokeniz
         "#text=%ff%00&token=abc&topK=-4&open=zzz&place=999999",
         "#%%%",
         "#toString=1&__proto__=2",
+        "#mode=toString&off=0.9+length.mlp+0.mlp.1",
     ],
 )
 def test_an_address_that_makes_no_sense_does_no_harm(fragment, opened, page_of_model):
@@ -460,12 +529,14 @@ def test_an_address_that_makes_no_sense_does_no_harm(fragment, opened, page_of_m
 def test_a_large_model_is_shown_without_living_in_the_page(opened, tmp_path, tokenizer, monkeypatch):
     make_model(tokenizer).save(tmp_path / "model", tokenizer=tokenizer)
     everything = "#open=lens+attention+blocks+path&place=2"
+    elsewhere = "&text=other&mode=chat&written=5+6&off=0.1"  # of no use where nothing can be computed
     live = opened(xray.make_page(tmp_path / "model", "the cat sat"), everything)
     live.wait_for_selector(".lens td")
     monkeypatch.setattr(xray, "LIVE", 1000)
     content = xray.make_page(tmp_path / "model", "the cat sat")
     assert 'id="weights"></script>' in content
-    page = opened(content, everything)
+    page = opened(content, everything + elsewhere)
+    assert page.input_value("#input") == "the cat sat" and page.text_content("#notes") == ""
     for panel in (
         "#strip",
         "#expected",

@@ -384,6 +384,8 @@ def main():
     parser.add_argument("--out", metavar="FILE", default="xray.html", help="the file to write (xray.html)")
     args = parser.parse_args()
     out = Path(args.out)
+    if not out.parent.is_dir() or out.is_dir():
+        raise ValueError(f"--out {args.out!r} must be a file in a folder that is there")
     page = make_page(args.model or sample.newest_model(), args.prompt)
     out.write_text(page, encoding="utf-8")
     kind = "the model and" if 'id="weights"></script>' not in page else "no live model (it is too large), but"
