@@ -344,6 +344,7 @@ class Tokenizer:
         names = [name for name in model["vocab"] if name not in literals and name not in self.special_tokens]
         ids = {spell(name): model["vocab"][name] for name in names}
         self.halves, ranks = read_ranks(model, ids, spell)
+        self.ranks = ranks
         # A merge may make an added token; but where its text stands, the added token is found first.
         if unknown := self.halves.keys() - ids.keys() - {text.encode() for text in literals}:
             raise ValueError(f"model.vocab: it lacks {min(unknown)!r}, the result of a merge")

@@ -1214,14 +1214,14 @@ def bench_gpu(args):
 IN_NODE = """
 const page = require("fs").readFileSync(process.argv[1], "utf8");
 const part = id => page.match(new RegExp(`<script[^>]*id="${id}"[^>]*>([^]*?)</script>`))[1];
-const data = JSON.parse(part("data")), ids = Array.from({length: data.room}, (_, i) => i);
+const data = JSON.parse(part("data")), ids = Array.from({length: data.max_len}, (_, i) => i);
 eval(part("engine").replace('"use strict";', "") + `
   const time = job => {
     const start = performance.now();
     job();
     return performance.now() - start;
   };
-  const model = new Model(data.config, data.angles, data.room, data.weights, part("weights"));
+  const model = new Model(data.config, data.angles, data.max_len, data.weights, part("weights"));
   const reading = new Reading(model), runs = [];
   for (let run = 0; run < 9; run++) {
     reading.truncate(0);

@@ -1,5 +1,6 @@
 """The page of tests/lessons/xray.py: its JavaScript against PyTorch, with node; it itself, in a browser."""
 
+import copy
 import json
 import random
 import re
@@ -15,7 +16,7 @@ from torch import nn
 
 from model import PRESETS, Config, Transformer
 from sample import Sampling, probabilities_of, to_prompt
-from tokenizer import GPT2_PATTERN, GPT4_PATTERN, WORDS_PATTERN, Tokenizer, render
+from tokenizer import GPT2_PATTERN, GPT4_PATTERN, WORDS_PATTERN, Tokenizer, compile_splitter, render
 
 node = pytest.mark.skipif(not shutil.which("node"), reason="the page's JavaScript is run with node")
 
@@ -25,27 +26,37 @@ const fs = require("fs"), page = fs.readFileSync(process.argv[2], "utf8");
 const part = id => page.match(new RegExp(`<script[^>]*id="${id}"[^>]*>([^]*?)</script>`))[1];
 const engine = part("engine").replace('"use strict";', "");
 const data = JSON.parse(part("data"));
-const {requests, texts, samplings} = JSON.parse(fs.readFileSync(process.argv[3], "utf8"));
+const {requests, at_once, texts, samplings, p} = JSON.parse(fs.readFileSync(process.argv[3], "utf8"));
 eval(engine + `
   const plain = (key, value) => ArrayBuffer.isView(value) ? Array.from(value) : value;
-  const model = new Model(data.config, data.angles, data.room, data.weights, part("weights"));
+  const model = new Model(data.config, data.angles, data.max_len, data.weights, part("weights"));
   const answers = [], answer = makeWorker(model, message => answers.push(message));
   const tokenizer = new Tokenizer(data.tokenizer);
   (async () => {
-    for (const request of requests) await answer(request);
+    const all = [];
+    for (const request of requests) {
+      all.push(answer(request));
+      if (!at_once) await all.at(-1);
+    }
+    await Promise.all(all);
+    let n = 0;
+    Math.random = () => (n++ % 1000 + 0.5) / 1000;
+    const counts = p.map(() => 0);
+    for (let i = 0; i < 1000; i++) counts[p.length ? draw(p) : 0]++;
     const encoded = texts.map(text => tokenizer.encode(text));
-    const drawn = samplings.map(([logits, sampling]) => probabilities(logits, sampling, new Set()));
-    fs.writeFileSync(process.argv[4], JSON.stringify({answers, encoded, drawn}, plain));
+    const distribution = ([logits, sampling, unused]) => probabilities(logits, sampling, new Set(unused));
+    const drawn = samplings.map(distribution);
+    fs.writeFileSync(process.argv[4], JSON.stringify({answers, encoded, drawn, counts}, plain));
   })();
 `);
 """
 
 
-def run_node(tmp_path, page, requests=(), texts=(), samplings=()):
-    """What the page's own script answers."""
+def run_node(tmp_path, page, requests=(), texts=(), samplings=(), at_once=False, p=()):
+    """What the page's own script answers and computes. at_once: no request waits for the one before it."""
     (tmp_path / "page.html").write_text(page, encoding="utf-8")
     (tmp_path / "driver.js").write_text(DRIVER)
-    asked = {"requests": list(requests), "texts": list(texts), "samplings": list(samplings)}
+    asked = dict(requests=requests, at_once=at_once, texts=texts, samplings=samplings, p=p)
     (tmp_path / "asked.json").write_text(json.dumps(asked))
     names = [tmp_path / name for name in ("driver.js", "page.html", "asked.json", "answers.json")]
     done = subprocess.run(["node", *names], capture_output=True, text=True)
@@ -118,6 +129,14 @@ def test_what_sublayers_add_is_in_sum_the_logit(kind, tokenizer):
     parts = xray.contributions(model, ids, tokens)
     assert parts.shape == (20, 3, 7)
     assert torch.allclose(parts.sum(-1), logits, atol=1e-4)
+    with torch.no_grad():
+        for p in model.model.embed_tokens.parameters():
+            p *= 1e-3  # so that the eps of the norm counts
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight *= 1e-4
+            block.mlp.down_proj.weight *= 1e-4
+        logits = model(ids)[0].gather(1, tokens)
+    assert torch.allclose(xray.contributions(model, ids, tokens).sum(-1), logits, rtol=1e-3)
 
 
 # --- the page's JavaScript ---
@@ -187,16 +206,66 @@ def test_an_edit_is_read_from_its_place_on_and_off_parts_are_left_out(folder, tm
 
 
 @node
-def test_sliders_give_the_distribution_that_sample_py_draws_from(tmp_path, tokenizer):
-    make_model(tokenizer).save(tmp_path / "model", tokenizer=tokenizer)
+def test_every_answer_is_that_of_the_newest_text_and_switches(tmp_path, tokenizer):
+    model = make_model(tokenizer)
+    model.save(tmp_path / "model", tokenizer=tokenizer)
+    page = xray.make_page(tmp_path / "model", "the")
+    one, other = (
+        to_prompt(tokenizer, text) for text in ("the cat sat on", "the cat and the dog sat on the mat and on")
+    )
+    assert len(other) > 8  # read in more than one piece
+    request = dict(at=3, token=None, wantsLens=True)
+    asked = [(one, []), (other, []), (other, ["0.mlp"]), (other, ["1.mlp"]), (one, ["1.mlp"]), (one, [])]
+    requests = [dict(request, ids=ids, off=off) for ids, off in asked]
+    answers = run_node(tmp_path, page, requests)["answers"]
+    readings, lenses = ([a for a in answers if a["kind"] == kind] for kind in ("reading", "lens"))
+    for (ids, off), reading, lens in zip(asked, readings, lenses, strict=True):
+        changed = copy.deepcopy(model)
+        for name in off:
+            nn.init.zeros_(changed.model.layers[int(name[0])].mlp.down_proj.weight)
+        expected = xray.analyse(changed, torch.tensor([ids]))
+        assert reading["ids"] == lens["read"] == ids and lens["ids"] == expected["lens"]["ids"]
+        close(lens["p"], expected["lens"]["p"])
+        close(reading["bits"], expected["bits"])
+    answers = run_node(tmp_path, page, requests, at_once=True)["answers"]
+    assert [a["ids"] for a in answers if a["kind"] == "reading"] == [one]  # the last one, alone
+
+
+@node
+def test_weights_that_are_rounded_to_float16_change_little(tmp_path, tokenizer):
+    """float16 keeps 11 bits of a weight: logits of a few units change in the third digit after the point."""
+    model = make_model(tokenizer)
+    for p in model.parameters():
+        p.data += 1e-4 * torch.randn_like(p)
+    model.save(tmp_path / "model", tokenizer=tokenizer)
+    ids = to_prompt(tokenizer, "the cat sat on the mat")
+    request = dict(ids=ids, off=[], at=0, token=None, wantsLens=False)
+    answers = run_node(tmp_path, xray.make_page(tmp_path / "model", "the"), [request])["answers"]
+    (reading,) = [answer for answer in answers if answer["kind"] == "reading"]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]))[0, -1]
+    error = (torch.tensor(reading["last"]) - logits).abs().max()
+    assert 1e-5 < error < 0.02 * logits.std()
+
+
+@node
+def test_a_token_is_drawn_as_often_as_it_is_probable(tmp_path, page_of_model):
+    found = run_node(tmp_path, page_of_model, p=[0.2, 0, 0.5, 0.3, 0])
+    assert found["counts"] == [200, 0, 500, 300, 0]
+
+
+@node
+def test_sliders_give_the_distribution_that_sample_py_draws_from(tmp_path, page_of_model):
     settings, expected = [], []
     for temperature, top_k, top_p in ((1, 0, 1), (0.7, 5, 1), (1.5, 0, 0.8), (0.3, 40, 0.5), (0, 0, 0.9)):
         logits = 3 * torch.randn(320)
-        settings.append([logits.tolist(), dict(temperature=temperature, topK=top_k, topP=top_p)])
+        logits[7:10] = logits.topk(5).values[-1]  # equal to the fifth: top-k keeps them all
+        settings.append([logits.tolist(), dict(temperature=temperature, topK=top_k, topP=top_p), [0, 3]])
+        logits[[0, 3]] = -torch.inf  # unused
         expected.append(nn.functional.one_hot(logits.argmax(), 320).float())
         if temperature:
             expected[-1] = probabilities_of(logits[None], Sampling(temperature, top_k, top_p))[0]
-    found = run_node(tmp_path, xray.make_page(tmp_path / "model", "the"), samplings=settings)
+    found = run_node(tmp_path, page_of_model, samplings=settings)
     close(found["drawn"], torch.stack(expected), 1e-5)
 
 
@@ -250,6 +319,45 @@ def test_500_texts_of_any_unicode_have_the_same_ids(name, tmp_path):
 
 
 @node
+@pytest.mark.parametrize("kind", ["whole", "removed", "newer"])
+def test_odd_tokenizers_give_the_same_ids(kind, tmp_path, tokenizer):
+    """Chunks that are tokens without a merge; text between matches that is dropped; digits that tiktoken does
+    not know, which is older than the library regex.
+    """
+    document = json.loads(json.dumps(tokenizer.document))
+    steps = document["pre_tokenizer"]["pretokenizers"]
+    if kind == "whole":
+        document["model"]["ignore_merges"] = True
+        document["model"]["vocab"]["zxy"] = 320
+    elif kind == "removed":
+        steps[0] = dict(type="Split", pattern={"Regex": r"\p{L}+|\s"}, behavior="Removed", invert=True)
+    else:
+        steps.insert(0, {"type": "Digits", "individual_digits": True})
+    changed = Tokenizer(document)
+    make_model(changed).save(tmp_path / "model", tokenizer=changed)
+    texts = [*any_texts(100), "zxy zxya", "the cat, the dog 12 on.", "a\U00011de0\U00011de1\U00011de0"]
+    found = run_node(tmp_path, xray.make_page(tmp_path / "model", "the"), texts=texts)
+    assert found["encoded"] == [changed.encode(text) for text in texts]
+
+
+NO_FORM = [
+    r"\w+\b|[\s\S]",
+    r"(?>\p{L}+)|[\s\S]",
+    r"(?-i:ab)+|[\s\S]",
+    r"\p{N}{,3}a|[\s\S]",
+    r"\p{L}(?<=a)|[\s\S]",
+]
+
+
+@pytest.mark.parametrize("pattern", NO_FORM)
+def test_a_pattern_that_has_no_form_in_javascript_is_refused_by_name(pattern):
+    compile_splitter(pattern)  # it is usable in Python
+    with pytest.raises(ValueError, match="has no form in JavaScript") as raised:
+        xray.javascript_pattern(pattern, by_tiktoken=True)
+    assert pattern in str(raised.value)
+
+
+@node
 def test_steps_added_tokens_and_missing_bytes_give_the_same_ids(tmp_path, tokenizer):
     """As Qwen's (NFC, added tokens that are not special), SmolLM's (digits first), or with bytes left out."""
     document = json.loads(json.dumps(tokenizer.document))
@@ -260,9 +368,10 @@ def test_steps_added_tokens_and_missing_bytes_give_the_same_ids(tmp_path, tokeni
     for i, text in enumerate(("cat^", "cat", "<think>")):
         document["added_tokens"].append(dict(id=320 + i, content=text, **flags))
     del document["model"]["vocab"]["q"]
+    document["model"]["vocab"]["zx"] = 330  # made by no merge: it never comes out of a text
     changed = Tokenizer(document)
     make_model(changed).save(tmp_path / "model", tokenizer=changed)
-    texts = [*any_texts(200), "cat^cat <think>1234 e\u0301q naïve <|im_end|>", "qqq", "", "a" * 5000]
+    texts = [*any_texts(200), "zxzx", "cat^cat <think>1234 e\u0301q naïve <|im_end|>", "qqq", "", "a" * 5000]
     found = run_node(tmp_path, xray.make_page(tmp_path / "model", "the"), texts=texts)
     assert found["encoded"] == [changed.encode(text) for text in texts]
 
@@ -462,6 +571,52 @@ def test_an_edit_that_changes_no_token_moves_the_marks(opened, page_of_model):
     until(page, "document.querySelector('.lens .chosen:last-child') !== null")
 
 
+def test_play_ends_with_the_text_and_with_the_page(opened, page_of_model):
+    page = opened(page_of_model)
+    page.evaluate("data.ends.push(...Array(config.vocab_size).keys())")  # every token is an end
+    page.click("#play")
+    until(page, "document.querySelector('#note').textContent.startsWith('The model has ended the text')")
+    assert page.text_content("#play") == "Play" and page.locator("#strip .written").count() == 1
+    page.evaluate("data.ends.length = 0; data.max_len = ids.length + 2")
+    page.click("#play")
+    until(page, "document.querySelector('#note').textContent.startsWith('The page is full')")
+    assert page.locator("#strip .written").count() == 3
+
+
+def test_the_words_of_the_page_are_what_was_computed(opened, tmp_path, tokenizer):
+    model = make_model(tokenizer)
+    model.save(tmp_path / "model", tokenizer=tokenizer)
+    page = opened(xray.make_page(tmp_path / "model", "the cat ☃"), "#place=3")
+    page.wait_for_selector(".lens td")
+    ids = tokenizer.encode("the cat ☃")
+    found = xray.analyse(model, torch.tensor([ids]))
+    assert f"{sum(found['bits']) / (len(ids) - 1):.2f} bits of surprise" in page.text_content("#summary")
+    assert tokens_shown(page)[-2:] == ["\\x98", "\\x83"]  # the bytes of a character
+    column = [layer[2] for layer in found["lens"]["ids"]]
+    since = next(i for i in range(len(column)) if set(column[i:]) == {column[-1]})
+    assert page.text_content("#when").endswith(
+        f"from block {since - 1} on." if since else "the embedding on."
+    )
+    weights, _ = xray.attention_weights(model, torch.tensor([ids]))
+    shares = [f"{100 * share:.0f} %" for share in weights[:, :, 1:, 0].mean(-1).T.flatten()]
+    assert page.locator(".maps button small").all_text_contents() == shares
+    rank = f"number {found['ranks'][3]} of the model's {tokenizer.vocab_size} guesses"
+    assert f"{rank} ({found['bits'][3]:.1f} bits)" in page.text_content("#expected")
+
+
+def test_tokens_that_the_model_does_not_know_are_left_out_aloud(opened, tmp_path, tokenizer):
+    """A folder whose tokenizer has more tokens than the model has rows."""
+    make_model(tokenizer).save(tmp_path / "model", tokenizer=tokenizer)
+    larger = Tokenizer.train([WORDS * 3, "xylophone " * 9], 330)
+    larger.save_pretrained(tmp_path / "model")
+    page = opened(xray.make_page(tmp_path / "model", "the"))
+    text = larger.decode([i for i in larger.tokens if 280 < i < larger.vocab_size - 3])
+    known = [i for i in larger.encode(text) if i < tokenizer.vocab_size]
+    page.fill("#input", text)
+    until(page, "n => document.querySelectorAll('#strip .token').length === n + 1", len(known))
+    assert f"{len(larger.encode(text)) - len(known)} tokens are unknown" in page.text_content("#notes")
+
+
 def test_what_was_drawn_for_one_text_is_not_written_behind_another(opened, page_of_model):
     page = opened(page_of_model)
     page.click("#step")
@@ -532,7 +687,7 @@ def test_a_large_model_is_shown_without_living_in_the_page(opened, tmp_path, tok
     elsewhere = "&text=other&mode=chat&written=5+6&off=0.1"  # of no use where nothing can be computed
     live = opened(xray.make_page(tmp_path / "model", "the cat sat"), everything)
     live.wait_for_selector(".lens td")
-    monkeypatch.setattr(xray, "LIVE", 1000)
+    monkeypatch.setattr(xray, "MAX_PARAMS", 1000)
     content = xray.make_page(tmp_path / "model", "the cat sat")
     assert 'id="weights"></script>' in content
     page = opened(content, everything + elsewhere)
@@ -594,6 +749,10 @@ def test_without_a_prompt_the_page_begins_with_a_question_or_the_models_own_text
     (tmp_path / "chat" / "results.json").write_text('{"questions": {"count": "how many?"}}')
     data = re.search(r'id="data">(.*?)</script>', xray.make_page(tmp_path / "chat"))[1]
     assert json.loads(data)["prompt"] == "how many?"
+    (tmp_path / "chat" / "results.json").write_text(json.dumps({"questions": {"count": "how many? " * 50}}))
+    xray.make_page(tmp_path / "chat")  # a question that does not fit is not asked
+    make_model(tokenizer, block_size=16).save(tmp_path / "short", tokenizer=tokenizer)
+    xray.make_page(tmp_path / "short")
 
 
 def test_mistakes_are_one_clear_line(tmp_path, tokenizer):
@@ -609,11 +768,14 @@ def test_mistakes_are_one_clear_line(tmp_path, tokenizer):
     model.save(tmp_path / "model", tokenizer=tokenizer)
     with pytest.raises(ValueError, match="the prompt has 200 tokens, but this model's page reads 64 at most"):
         run("--model", tmp_path / "model", "--prompt", "é" * 200)
+    with pytest.raises(ValueError, match="must be a file in a folder that is there"):
+        run("--model", tmp_path / "model", "--out", tmp_path / "nowhere" / "page.html")
     assert not (tmp_path / "page.html").exists()
+    assert "page.html: " in run("--model", tmp_path / "model", "--prompt", "the \ud800 \0 \r\n")
     with torch.no_grad():
         model.model.norm.weight[3] = 1e6
     model.save(tmp_path / "model", tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="weights of 1000000 are too large for float16"):
+    with pytest.raises(ValueError, match="1000000 is too large for float16"):
         run("--model", tmp_path / "model", "--prompt", "the")
     odd = Tokenizer.train([WORDS], 300, pattern=r"\w+\b|[\s\S]")
     make_model(odd).save(tmp_path / "odd", tokenizer=odd)

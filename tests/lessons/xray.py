@@ -3,7 +3,8 @@
 python tests/lessons/xray.py [--model DIR] [--prompt TEXT] [--out xray.html]
 
 The page, xray.html beside this file, computes the forward pass and the tokens by itself, in plain JavaScript.
-Here stand what it shows, computed with PyTorch (the tests compare the two), and what puts a model into it.
+This file computes the same with PyTorch, for the tests and for models too large for a page, and puts a model
+into the page.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import math
 import sys
 import textwrap
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -31,9 +33,8 @@ from lessons import index  # noqa: E402
 from model import Transformer, apply_rope, rope  # noqa: E402
 from tokenizer import BYTES, CHAT_TOKENS, Tokenizer, mend_surrogates, read_patterns, render, steps_of  # noqa: E402
 
-LIVE = 30_000_000  # parameters up to which a model gets into the page
-ROOM = 256  # tokens that a page reads at most
-N_LIKELIEST = 10
+MAX_PARAMS = 30_000_000  # of a model that lives in its page
+MAX_TOKENS = 256  # of the text on a page
 
 # --- looking inside a model; ids are (1, T) ---
 
@@ -52,7 +53,7 @@ def record(model, ids, modules):
 
 
 def streams(model, ids):
-    """The stream (T, C) before the first block and behind each: a list of L + 1."""
+    """The stream (T, C) before the first block and after each: a list of L + 1."""
     return record(model, ids, [model.model.embed_tokens, *model.model.layers])
 
 
@@ -64,44 +65,51 @@ def logit_lens(model, ids):
 
 
 def cosine_distances(model, ids):
-    """1 - cos(before, behind) of each block at each position, (L, T) (Men et al., 2024)."""
+    """1 - cos(before, after) of each block at each position, (L, T) (Men et al., 2024)."""
     x = torch.stack(streams(model, ids))
     return 1 - F.cosine_similarity(x[:-1], x[1:], dim=-1)
 
 
 @torch.no_grad()
 def attention_weights(model, ids):
-    """The weights (L, H, T, T) of all layers, computed again, and what these make of the values (L, T, C)."""
+    """The weights (L, H, T, T) of all layers, computed again, and the outputs (L, T, C) that they give."""
     config, T = model.config, ids.size(1)
     cos, sin = rope(torch.arange(T), config, torch.float32)
     unseen = torch.ones(T, T, dtype=torch.bool).triu(1)
     attentions = [block.self_attn for block in model.model.layers]
     modules = [part for a in attentions for part in (a.q_norm, a.k_norm, a.v_proj)]
-    found = iter(record(model, ids, modules))
+    found = record(model, ids, modules)
+    group = config.n_head // config.n_kv_head  # query heads that share a head of keys and values
     all_weights, outputs = [], []
-    for attention, q, k, v in zip(attentions, found, found, found):
+    for i, attention in enumerate(attentions):
+        q, k, v = found[3 * i : 3 * i + 3]  # (T, H, D), (T, K, D), (T, K * D)
         q, k = apply_rope(q.transpose(0, 1), cos, sin), apply_rope(k.transpose(0, 1), cos, sin)
         v = v.view(T, -1, config.head_dim).transpose(0, 1)  # (K, T, D)
-        k, v = (x.repeat_interleave(config.n_head // config.n_kv_head, dim=0) for x in (k, v))  # (H, T, D)
-        scores = q @ k.mT / math.sqrt(config.head_dim)
+        k = k.repeat_interleave(group, dim=0)  # (H, T, D)
+        v = v.repeat_interleave(group, dim=0)
+        scores = q @ k.mT / math.sqrt(config.head_dim)  # (H, T, T)
         weights = scores.masked_fill(unseen, -math.inf).softmax(-1)
         all_weights.append(weights)
         outputs.append(attention.o_proj((weights @ v).transpose(0, 1).reshape(T, -1)))
     return torch.stack(all_weights), torch.stack(outputs)
 
 
+def additions(model, ids):
+    """What the embedding and each sublayer add to the stream, (T, 1 + 2L, C)."""
+    modules = [model.model.embed_tokens]
+    for block in model.model.layers:
+        modules += [block.self_attn, block.mlp]
+    return torch.stack(record(model, ids, modules), 1)
+
+
 @torch.no_grad()
 def contributions(model, ids, tokens):
     """What the embedding and each sublayer add to the logits of `tokens` (T, n): (T, n, 1 + 2L).
 
-    Their sum is the logit: the final norm divides by the length of the whole stream, and that is taken as it
-    was.
+    Direct logit attribution (Elhage et al., 2021). Their sum is the logit: the divisor of the final RMSNorm
+    depends on the whole stream and is held fixed.
     """
-    modules = [model.model.embed_tokens]
-    for block in model.model.layers:
-        modules += [block.self_attn, block.mlp]
-    parts = torch.stack(record(model, ids, modules), 1)  # (T, 1 + 2L, C)
-    norm = model.model.norm
+    parts, norm = additions(model, ids), model.model.norm
     scale = (parts.sum(1).square().mean(-1) + model.config.norm_eps).rsqrt()
     rows = (model.lm_head or model.model.embed_tokens).weight[tokens]  # (T, n, C)
     return torch.einsum("tpc,c,t,tnc->tnp", parts, norm.weight, scale, rows)
@@ -109,30 +117,30 @@ def contributions(model, ids, tokens):
 
 @torch.no_grad()
 def analyse(model, ids):
-    """All that the page shows of a text, under the names that it has there."""
+    """Everything that the page shows of a text; the keys are the names in xray.html."""
     (logits,) = model(ids)
     log_p = logits.log_softmax(-1)
-    p, likeliest = log_p.exp().topk(N_LIKELIEST)
-    true = ids[0, 1:]
-    true_log_p = log_p[:-1].gather(1, true[:, None])
+    p, likeliest = log_p.exp().topk(10)
+    targets = ids[0, 1:]
+    log_p_of_targets = log_p[:-1].gather(1, targets[:, None])
     guesses = [logits.softmax(-1).max(-1) for logits in logit_lens(model, ids)]
     weights, _ = attention_weights(model, ids)
-    modules = [model.model.embed_tokens]
-    for block in model.model.layers:
-        modules += [block.self_attn, block.mlp]
-    x = torch.stack(record(model, ids, modules), 1).cumsum(1)  # (T, 1 + 2L, C)
+    x = additions(model, ids).cumsum(1)  # (T, 1 + 2L, C)
     x = torch.cat((x, model.model.norm(x[:, -1:])), 1)
     # the tokens that can be chosen: the likeliest, and the one that comes next in the text
-    chosen = torch.cat((likeliest, torch.cat((true, likeliest[-1:, 0]))[:, None]), 1)
+    chosen = torch.cat((likeliest, torch.cat((targets, likeliest[-1:, 0]))[:, None]), 1)
     return {
         "ids": ids[0].tolist(),
-        "bits": [0, *rounded(-true_log_p[:, 0] / math.log(2))],  # nothing foretells the first token
-        "ranks": [0, *(1 + (log_p[:-1] > true_log_p).sum(-1)).tolist()],
-        "likeliest": [{"ids": ids, "p": p} for ids, p in zip(likeliest.tolist(), rounded(p))],
+        "bits": [0, *rounded(-log_p_of_targets[:, 0] / math.log(2))],  # nothing predicts the first token
+        "ranks": [0, *(1 + (log_p[:-1] > log_p_of_targets).sum(-1)).tolist()],
+        "likeliest": [dict(zip(("ids", "p"), row)) for row in zip(likeliest.tolist(), rounded(p))],
         "last": to_base64(logits[-1]),
         "distances": rounded(cosine_distances(model, ids)),
         "attention": [to_base64(layer) for layer in weights],
-        "lens": {"ids": [ids.tolist() for _, ids in guesses], "p": [rounded(p) for p, _ in guesses]},
+        "lens": {
+            "ids": [guess.indices.tolist() for guess in guesses],
+            "p": [rounded(guess.values) for guess in guesses],
+        },
         "chosen": chosen.tolist(),
         "logits": rounded(logits.gather(1, chosen)),
         "p": rounded(log_p.gather(1, chosen).exp()),
@@ -151,32 +159,34 @@ def to_base64(x):
     """A tensor as float16, least byte first, in base64. ValueError: a number is too large for float16."""
     half = x.detach().half()
     if not half.isfinite().all():
-        raise ValueError(f"weights of {x.abs().max():.0f} are too large for float16")
+        raise ValueError(f"{x.abs().max():.0f} is too large for float16, as which the page holds numbers")
     return base64.b64encode(half.numpy().astype("<f2").tobytes()).decode()
 
 
 # --- the tokenizer in JavaScript's words ---
 
 EVERY_CHARACTER = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
-ONE_CHARACTER = (
-    r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\[pP](?:\w|\{\^?\w+\})|\\x..|\\u....|\\[sSdDwWrntfv]|\\\W|[^\\()|?*+{}$]"
-)
-PIECE = regex.compile(
-    r"(?P<open>\((?:\?(?:[:=!]|i:|<[=!]))?)|(?P<close>\))|(?P<or>\|)|(?P<end>\$)"
-    rf"|(?P<quantifier>(?:[?*+]|\{{\d*,?\d*\}})(?P<kind>[?+]?))|(?P<one>{ONE_CHARACTER})",
+ATOM = r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\[pP](?:\w|\{\^?\w+\})|\\x..|\\u....|\\[sSdDwWrntfv]|\\\W|[^\\()|?*+{}$]"
+PART = regex.compile(
+    r"(?P<open>\(\?(?:[:=!]|i:))|(?P<close>\))|(?P<or>\|)|(?P<end>\$)"
+    rf"|(?P<quantifier>(?:[?*+]|\{{\d+(?:,\d*)?\}})(?P<kind>[?+]?))|(?P<atom>{ATOM})",
     regex.DOTALL,
 )
 
 
 @cache
-def spell_out(one):
-    """A part of a pattern that stands for one character, as all characters for which it stands, in ranges.
+def spell_out(atom, by_tiktoken):
+    """Write a one-character part of a pattern as a set that lists every character it matches.
 
-    They are those of tiktoken's engine: every engine has its own version of Unicode. ValueError: none.
+    Every engine has its own version of Unicode, so the one is asked that cuts texts in Python: tiktoken's for
+    the last step of a tokenizer, the library `regex` for those before it. ValueError: there is no character.
     """
-    ranks = {byte: i for i, byte in enumerate(BYTES)}
-    encoding = tiktoken.Encoding("", pat_str=one, mergeable_ranks=ranks, special_tokens={"<": 256})
-    found = bytes(encoding.encode(EVERY_CHARACTER, disallowed_special=())).decode()  # no match, no token
+    if by_tiktoken:
+        ranks = {byte: i for i, byte in enumerate(BYTES)}
+        encoding = tiktoken.Encoding("", pat_str=atom, mergeable_ranks=ranks, special_tokens={})
+        found = bytes(encoding.encode(EVERY_CHARACTER, disallowed_special=())).decode()  # matches alone
+    else:
+        found = "".join(regex.findall(atom, EVERY_CHARACTER))
     ranges = []
     for code in map(ord, found):
         if ranges and ranges[-1][1] == code - 1:
@@ -188,64 +198,61 @@ def spell_out(one):
     return "[" + "".join(rf"\u{{{first:x}}}-\u{{{last:x}}}" for first, last in ranges) + "]"
 
 
-def javascript_pattern(pattern):
+def javascript_pattern(pattern, by_tiktoken):
     r"""A split pattern for JavaScript's flag "u". ValueError: a part of it cannot be written so.
 
-    Classes such as \p{L} and \s are written out, letters under (?i:...) in both cases; what is possessive,
-    X++, becomes a lookahead, which never gives back: (?=(?<a>X+))\k<a>.
+    Classes such as \p{L} and \s are spelled out, letters under (?i:...) in both cases. A possessive X++
+    becomes (?=(?<a>X+))\k<a>, since JavaScript never backtracks into a lookahead. One difference stays: a
+    repeated group that matches nothing ends there, in JavaScript before it has matched.
     """
     out = []
     opened = []  # for each open group: where it begins in `out`, and whether case is ignored
     last = 0  # where the last complete part begins, to which a quantifier belongs
     position = 0
     while position < len(pattern):
-        piece = PIECE.match(pattern, position)
-        text = pattern[position:] if piece is None else piece.group()
+        part = PART.match(pattern, position)
+        text = pattern[position:] if part is None else part.group()
         ignore_case = bool(opened and opened[-1][1])
         try:
-            if piece is None:
+            if part is None:
                 raise ValueError("it is not known here")
-            if piece["open"]:
+            if part["open"]:
                 opened.append((len(out), ignore_case or text == "(?i:"))
                 out.append(text.replace("?i:", "?:"))
-            elif piece["close"]:
+            elif part["close"]:
                 last, _ = opened.pop()
                 out.append(text)
-            elif piece["quantifier"] and piece["kind"] == "+":
+            elif part["quantifier"] and part["kind"] == "+":
                 name = f"a{position}"
                 whole = "".join(out[last:]) + text[:-1]
                 out[last:] = [rf"(?:(?=(?<{name}>{whole}))\k<{name}>)"]
-            elif piece["one"]:
+            elif part["atom"]:
                 last = len(out)
-                if ignore_case:
-                    text = f"(?i:{text})"
-                out.append(spell_out(text))
+                out.append(spell_out(f"(?i:{text})" if ignore_case else text, by_tiktoken))
             else:
                 out.append(text)
         except ValueError as error:
-            raise ValueError(
-                f"the split pattern {pattern} has no form in JavaScript: {text!r}: {error}"
-            ) from None
-        position = piece.end()
+            why = f"{text!r}: {error}"
+            raise ValueError(f"the split pattern {pattern} has no form in JavaScript: {why}") from None
+        position = part.end()
     return "".join(out)
 
 
 def tokenizer_data(tokenizer, live):
     """What the page needs of a tokenizer; each token as a string with one character per byte."""
-    added = {**tokenizer.special_tokens, **tokenizer._literals}
     data = {
         "tokens": [[i, token.decode("latin-1")] for i, token in tokenizer.tokens.items()],
         "special": sorted(tokenizer.special_tokens.values()),
     }
     if not live:
         return data
-    ids = {token: i for i, token in tokenizer.tokens.items() if i not in added.values()}
-    order = dict.fromkeys([*BYTES, *tokenizer.halves, *ids])  # in which they are merged, see read_ranks
-    patterns = read_patterns(tokenizer.document["pre_tokenizer"])
-    data["ranks"] = [[token.decode("latin-1"), ids.get(token, -1)] for token in order]
+    ranks = zip(tokenizer.ranks, tokenizer._id_of_rank.tolist())
+    data["ranks"] = [[token.decode("latin-1"), i] for token, i in ranks]
     data["literals"] = tokenizer._literals
     data["nfc"] = bool(steps_of(tokenizer.document.get("normalizer"), "normalizers"))
-    data["patterns"] = [[javascript_pattern(pattern), keep_rest] for pattern, keep_rest in patterns]
+    *steps, (last, keep_rest) = read_patterns(tokenizer.document["pre_tokenizer"])
+    data["patterns"] = [[javascript_pattern(step, by_tiktoken=False), keeps] for step, keeps in steps]
+    data["patterns"].append([javascript_pattern(last, by_tiktoken=True), keep_rest])
     return data
 
 
@@ -262,8 +269,8 @@ PANELS = {
 }
 
 
-def reading(file, function, topic, lesson):
-    """The source of a function and a lesson, for a panel."""
+def panel_texts(file, function, topic, lesson):
+    """The source of a function, and a lesson, for a panel."""
     (found,) = [entry for entry in index.lessons(topic) if lesson in entry[1]]
     question, name, _ = found
     part = model_file if file == "model.py" else sample
@@ -282,7 +289,7 @@ def reading(file, function, topic, lesson):
 
 
 def frames(tokenizer):
-    """The ids before and behind what is typed: {"text": [before, behind], "chat": [before, behind]}."""
+    """The ids before and after what is typed: {"text": [before, after], "chat": [before, after]}."""
     content = tokenizer.encode("text")
     ids = sample.to_prompt(tokenizer, "text")
     found = {"text": [ids[: -len(content)], []]}
@@ -294,33 +301,28 @@ def frames(tokenizer):
     return found
 
 
-def default_prompt(folder, model, tokenizer, mode):
+def default_prompt(folder, model, tokenizer, mode, max_len):
     """A question that the model was taught to answer, or what it writes by itself."""
     if mode == "chat":
-        try:
-            return [*json.loads((folder / "results.json").read_bytes())["questions"].values()][0]
-        except (OSError, ValueError, LookupError, AttributeError, TypeError):  # of another program, or none
-            return "Hello!"
+        questions = []
+        with suppress(OSError, ValueError, LookupError, AttributeError, TypeError):  # not one of finetune.py
+            questions = json.loads((folder / "results.json").read_bytes())["questions"].values()
+        fitting = [text for text in questions if len(tokenizer.encode(text)) < max_len // 2]
+        return fitting[0] if fitting else "Hello!"
     ids = sample.to_prompt(tokenizer, "\n")
     unused = sample.find_unused_ids(model, tokenizer)
     ends = sample.end_ids(folder, tokenizer)
-    steps = sample.generate(model, [ids], max_new_tokens=32, stop_ids=ends, unused_ids=unused)
+    steps = sample.generate(
+        model, [ids], max_new_tokens=min(32, max_len // 4), stop_ids=ends, unused_ids=unused
+    )
     return tokenizer.decode([new for (new,) in steps])
 
 
 # what the page needs of a Config
-SIZES = [
-    "vocab_size",
-    "block_size",
-    "n_layer",
-    "n_head",
-    "n_kv_head",
-    "head_dim",
-    "n_embd",
-    "n_hidden",
-    "norm_eps",
-]
-SIZES += ["tie_embeddings", "qkv_bias", "qk_norm"]
+FIELDS = """
+    vocab_size block_size n_layer n_head n_kv_head head_dim n_embd n_hidden norm_eps
+    tie_embeddings qkv_bias qk_norm
+""".split()  # noqa: SIM905
 
 
 def make_page(folder, prompt=None):
@@ -331,56 +333,57 @@ def make_page(folder, prompt=None):
     model = Transformer.load(folder, dtype=torch.float32)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     config, ends = model.config, sample.end_ids(folder, tokenizer)
+    max_len = min(MAX_TOKENS, config.block_size)
     around, mode = frames(tokenizer), "text"
     if tokenizer.special_tokens.get(CHAT_TOKENS[1]) in ends:
         mode = "chat"
     if prompt is None:
-        prompt = default_prompt(folder, model, tokenizer, mode)
+        prompt = default_prompt(folder, model, tokenizer, mode, max_len)
     prompt = mend_surrogates(prompt)
-    before, behind = around[mode]
-    ids = before + tokenizer.encode(prompt.strip() if mode == "chat" else prompt) + behind
+    before, after = around[mode]
+    ids = before + tokenizer.encode(prompt.strip() if mode == "chat" else prompt) + after
     ids = ids or sample.to_prompt(tokenizer, "")
-    room = min(ROOM, config.block_size)
-    if len(ids) > room:
-        raise ValueError(f"the prompt has {len(ids)} tokens, but this model's page reads {room} at most")
+    if len(ids) > max_len:
+        raise ValueError(f"the prompt has {len(ids)} tokens, but this model's page reads {max_len} at most")
     if max(ids) >= config.vocab_size:
         raise ValueError(f"the prompt has the id {max(ids)}, but the model {config.vocab_size} rows")
-    live = config.num_params() <= LIVE
-    cos, sin = rope(torch.ones(1), config, torch.float32)
+    live = config.num_params() <= MAX_PARAMS
+    cos, sin = rope(torch.ones(1), config, torch.float32)  # at position 1, so the angle is that of one step
     data = {
         "name": folder.resolve().name,
         "n_params": config.num_params(),
-        "config": {name: getattr(config, name) for name in SIZES},
-        "angles": torch.atan2(sin, cos)[0].tolist(),  # by which the pairs of a head turn from place to place
-        "room": room,
+        "config": {name: getattr(config, name) for name in FIELDS},
+        "angles": torch.atan2(sin, cos)[0].tolist(),
+        "max_len": max_len,
         "tokenizer": tokenizer_data(tokenizer, live),
         "ends": sorted(ends),
         "frames": around,
         "empty": sample.to_prompt(tokenizer, ""),
         "mode": mode,
         "prompt": prompt,
-        "panels": {name: reading(*about) for name, about in PANELS.items()},
+        "panels": {name: panel_texts(*about) for name, about in PANELS.items()},
     }
     weights = ""
     if live:
         data["weights"] = [[name, *weight.shape] for name, weight in model.state_dict().items()]
         weights = to_base64(torch.cat([weight.flatten() for weight in model.state_dict().values()]))
     else:
+        size = f"{folder} has {config.num_params():,} parameters, more than {MAX_PARAMS:,}"
+        print(f"{size}: its page shows this prompt alone, computed beforehand", file=sys.stderr)
         data["analysis"] = analyse(model, torch.tensor([ids]))
-    page = (HERE / "xray.html").read_text(encoding="utf-8")
     # "<" could end the script that holds the data
-    data = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", r"\u003c")
-    for name, content in (("data", data), ("weights", weights)):
-        before, behind = page.split(f'id="{name}"></script>')
-        page = f'{before}id="{name}">{content}</script>{behind}'
+    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", r"\u003c")
+    page = (HERE / "xray.html").read_text(encoding="utf-8")
+    for name, content in (("data", text), ("weights", weights)):
+        page = page.replace(f'id="{name}"></script>', f'id="{name}">{content}</script>', 1)
     return page
 
 
 def main():
     parser = argparse.ArgumentParser(description="An HTML file in which a model lives.", exit_on_error=False)
     parser.add_argument("--model", metavar="DIR", help="model folder (the newest under out/)")
-    help = "where to begin (what the model writes by itself; for a chat model a question)"
-    parser.add_argument("--prompt", metavar="TEXT", help=help)
+    about_prompt = "where to begin (what the model writes by itself; for a chat model a question)"
+    parser.add_argument("--prompt", metavar="TEXT", help=about_prompt)
     parser.add_argument("--out", metavar="FILE", default="xray.html", help="the file to write (xray.html)")
     args = parser.parse_args()
     out = Path(args.out)
@@ -388,8 +391,7 @@ def main():
         raise ValueError(f"--out {args.out!r} must be a file in a folder that is there")
     page = make_page(args.model or sample.newest_model(), args.prompt)
     out.write_text(page, encoding="utf-8")
-    kind = "the model and" if 'id="weights"></script>' not in page else "no live model (it is too large), but"
-    print(f"{out}: {len(page) / 2**20:.1f} MB, with {kind} all that is shown; open it in a browser")
+    print(f"{out}: {len(page) / 2**20:.1f} MB; open it in a browser")
 
 
 if __name__ == "__main__":
