@@ -229,6 +229,9 @@ def test_every_answer_is_that_of_the_newest_text_and_switches(tmp_path, tokenize
         close(reading["bits"], expected["bits"])
     answers = run_node(tmp_path, page, requests, at_once=True)["answers"]
     assert [a["ids"] for a in answers if a["kind"] == "reading"] == [one]  # the last one, alone
+    closed_meanwhile = [requests[0], dict(requests[1], wantsLens=False), requests[0]]
+    answers = run_node(tmp_path, page, closed_meanwhile)["answers"]
+    assert [a["read"] for a in answers if a["kind"] == "lens"] == [one, one]
 
 
 @node
@@ -586,13 +589,15 @@ def test_play_ends_with_the_text_and_with_the_page(opened, page_of_model):
 def test_the_words_of_the_page_are_what_was_computed(opened, tmp_path, tokenizer):
     model = make_model(tokenizer)
     model.save(tmp_path / "model", tokenizer=tokenizer)
-    page = opened(xray.make_page(tmp_path / "model", "the cat ☃"), "#place=3")
-    page.wait_for_selector(".lens td")
     ids = tokenizer.encode("the cat ☃")
     found = xray.analyse(model, torch.tensor([ids]))
+    lens = torch.tensor(found["lens"]["ids"])
+    place = 1 + (lens[2] == lens[3]).nonzero()[0].item()  # where the answer is there before the last block
+    page = opened(xray.make_page(tmp_path / "model", "the cat ☃"), f"#place={place}")
+    page.wait_for_selector(".lens td")
     assert f"{sum(found['bits']) / (len(ids) - 1):.2f} bits of surprise" in page.text_content("#summary")
     assert tokens_shown(page)[-2:] == ["\\x98", "\\x83"]  # the bytes of a character
-    column = [layer[2] for layer in found["lens"]["ids"]]
+    column = lens[:, place - 1].tolist()
     since = next(i for i in range(len(column)) if set(column[i:]) == {column[-1]})
     assert page.text_content("#when").endswith(
         f"from block {since - 1} on." if since else "the embedding on."
@@ -600,8 +605,8 @@ def test_the_words_of_the_page_are_what_was_computed(opened, tmp_path, tokenizer
     weights, _ = xray.attention_weights(model, torch.tensor([ids]))
     shares = [f"{100 * share:.0f} %" for share in weights[:, :, 1:, 0].mean(-1).T.flatten()]
     assert page.locator(".maps button small").all_text_contents() == shares
-    rank = f"number {found['ranks'][3]} of the model's {tokenizer.vocab_size} guesses"
-    assert f"{rank} ({found['bits'][3]:.1f} bits)" in page.text_content("#expected")
+    rank = f"number {found['ranks'][place]} of the model's {tokenizer.vocab_size} guesses"
+    assert f"{rank} ({found['bits'][place]:.1f} bits)" in page.text_content("#expected")
 
 
 def test_tokens_that_the_model_does_not_know_are_left_out_aloud(opened, tmp_path, tokenizer):
@@ -611,6 +616,8 @@ def test_tokens_that_the_model_does_not_know_are_left_out_aloud(opened, tmp_path
     larger.save_pretrained(tmp_path / "model")
     page = opened(xray.make_page(tmp_path / "model", "the"))
     text = larger.decode([i for i in larger.tokens if 280 < i < larger.vocab_size - 3])
+    with pytest.raises(ValueError, match="the prompt has the id 306, but the model 302 rows"):
+        xray.make_page(tmp_path / "model", text)
     known = [i for i in larger.encode(text) if i < tokenizer.vocab_size]
     page.fill("#input", text)
     until(page, "n => document.querySelectorAll('#strip .token').length === n + 1", len(known))

@@ -31,7 +31,7 @@ import model as model_file  # noqa: E402
 import sample  # noqa: E402
 from lessons import index  # noqa: E402
 from model import Transformer, apply_rope, rope  # noqa: E402
-from tokenizer import BYTES, CHAT_TOKENS, Tokenizer, mend_surrogates, read_patterns, render, steps_of  # noqa: E402
+from tokenizer import BYTES, CHAT_TOKENS, Tokenizer, read_patterns, render, steps_of  # noqa: E402
 
 MAX_PARAMS = 30_000_000  # of a model that lives in its page
 MAX_TOKENS = 256  # of the text on a page
@@ -339,7 +339,6 @@ def make_page(folder, prompt=None):
         mode = "chat"
     if prompt is None:
         prompt = default_prompt(folder, model, tokenizer, mode, max_len)
-    prompt = mend_surrogates(prompt)
     before, after = around[mode]
     ids = before + tokenizer.encode(prompt.strip() if mode == "chat" else prompt) + after
     ids = ids or sample.to_prompt(tokenizer, "")
