@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 
 import bench
 import pytest
@@ -17,6 +18,7 @@ PAGES = ("README.md", "tests/README.md", "tests/lessons/README.md")
 README, MEASURED = ((ROOT / page).read_text(encoding="utf-8") for page in PAGES[:2])
 
 
+@cache
 def names_in(path):
     """All classes, functions and methods of a Python file, such as {"Blocks", "Blocks.batch"}."""
     found, waiting = set(), [("", ast.parse(path.read_text(encoding="utf-8")))]
