@@ -120,7 +120,7 @@ def analyse(model, ids):
     """Everything that the page shows of a text; the keys are the names in xray.html."""
     (logits,) = model(ids)
     log_p = logits.log_softmax(-1)
-    p, likeliest = log_p.exp().topk(10)
+    p, likeliest = log_p.exp().topk(10)  # (T, 10)
     targets = ids[0, 1:]
     log_p_of_targets = log_p[:-1].gather(1, targets[:, None])
     guesses = [logits.softmax(-1).max(-1) for logits in logit_lens(model, ids)]
@@ -128,12 +128,13 @@ def analyse(model, ids):
     x = additions(model, ids).cumsum(1)  # (T, 1 + 2L, C)
     x = torch.cat((x, model.model.norm(x[:, -1:])), 1)
     # the tokens that can be chosen: the likeliest, and the one that comes next in the text
-    chosen = torch.cat((likeliest, torch.cat((targets, likeliest[-1:, 0]))[:, None]), 1)
+    next_ids = torch.cat((targets, likeliest[-1:, 0]))  # nothing comes after the last: its likeliest again
+    chosen = torch.cat((likeliest, next_ids[:, None]), 1)  # (T, 11)
     return {
         "ids": ids[0].tolist(),
         "bits": [0, *rounded(-log_p_of_targets[:, 0] / math.log(2))],  # nothing predicts the first token
         "ranks": [0, *(1 + (log_p[:-1] > log_p_of_targets).sum(-1)).tolist()],
-        "likeliest": [dict(zip(("ids", "p"), row)) for row in zip(likeliest.tolist(), rounded(p))],
+        "likeliest": [{"ids": top, "p": p_of_top} for top, p_of_top in zip(likeliest.tolist(), rounded(p))],
         "last": to_base64(logits[-1]),
         "distances": rounded(cosine_distances(model, ids)),
         "attention": [to_base64(layer) for layer in weights],
