@@ -487,6 +487,10 @@ def test_sliders_redraw_the_distribution_and_a_drawn_token_is_written(opened, pa
     page.wait_for_selector("#distribution .row.drawn")
     page.wait_for_selector("#strip .written")
     assert likeliest.startswith(page.text_content("#strip .written"))
+    page.click("#step")
+    page.wait_for_selector("#distribution .row.drawn")
+    page.click("#clear")  # before it is written
+    assert page.locator("#distribution .row.drawn").count() == 0
     page.locator("#sliders input").nth(0).fill("1.5")
     page.click("#play")
     until(page, "document.querySelectorAll('#strip .written').length > 3")
@@ -768,6 +772,8 @@ def test_without_a_prompt_the_page_begins_with_a_question_or_the_models_own_text
     assert json.loads(data)["prompt"] == "how many?"
     (tmp_path / "chat" / "results.json").write_text(json.dumps({"questions": {"count": "how many? " * 50}}))
     xray.make_page(tmp_path / "chat")  # a question that does not fit is not asked
+    (tmp_path / "chat" / "results.json").write_text('{"questions": {"count": 5}}')  # another program's
+    xray.make_page(tmp_path / "chat")
     make_model(tokenizer, block_size=16).save(tmp_path / "short", tokenizer=tokenizer)
     xray.make_page(tmp_path / "short")
 

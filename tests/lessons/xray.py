@@ -167,11 +167,22 @@ def to_base64(x):
 # --- the tokenizer in JavaScript's words ---
 
 EVERY_CHARACTER = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
-ATOM = r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\[pP](?:\w|\{\^?\w+\})|\\x..|\\u....|\\[sSdDwWrntfv]|\\\W|[^\\()|?*+{}$]"
+ATOM = r"""
+    \[ \^? \]? (?: \\. | [^\]\\] )* \]  # a set
+    | \\[pP] (?: \w | \{\^?\w+\} )      # \p{L}, \pL
+    | \\x.. | \\u.... | \\[sSdDwWrntfv] | \\\W
+    | [^\\()|?*+{}$]                    # a character that stands for itself
+"""
 PART = regex.compile(
-    r"(?P<open>\(\?(?:[:=!]|i:))|(?P<close>\))|(?P<or>\|)|(?P<end>\$)"
-    rf"|(?P<quantifier>(?:[?*+]|\{{\d+(?:,\d*)?\}})(?P<kind>[?+]?))|(?P<atom>{ATOM})",
-    regex.DOTALL,
+    rf"""
+    (?P<open> \(\? (?: [:=!] | i: ) )
+    | (?P<close> \) )
+    | (?P<or> \| )
+    | (?P<end> \$ )
+    | (?P<quantifier> (?: [?*+] | \{{ \d+ (?: ,\d* )? \}} ) (?P<kind> [?+]? ) )
+    | (?P<atom> {ATOM} )
+    """,
+    regex.DOTALL | regex.VERBOSE,
 )
 
 
@@ -203,8 +214,8 @@ def javascript_pattern(pattern, by_tiktoken):
     r"""A split pattern for JavaScript's flag "u". ValueError: a part of it cannot be written so.
 
     Classes such as \p{L} and \s are spelled out, letters under (?i:...) in both cases. A possessive X++
-    becomes (?=(?<a>X+))\k<a>, since JavaScript never backtracks into a lookahead. One difference stays: a
-    repeated group that matches nothing ends there, in JavaScript before it has matched.
+    becomes (?=(?<a>X+))\k<a>, since JavaScript never backtracks into a lookahead. One difference stays: in
+    JavaScript, a round of a repeated group that matches nothing does not count.
     """
     out = []
     opened = []  # for each open group: where it begins in `out`, and whether case is ignored
@@ -270,22 +281,22 @@ PANELS = {
 }
 
 
-def panel_texts(file, function, topic, lesson):
+def panel_texts(file, function, topic, part_of_name):
     """The source of a function, and a lesson, for a panel."""
-    (found,) = [entry for entry in index.lessons(topic) if lesson in entry[1]]
-    question, name, _ = found
+    (lesson,) = [lesson for lesson in index.lessons(topic) if part_of_name in lesson[1]]
+    question, name, _ = lesson
     part = model_file if file == "model.py" else sample
     for word in function.split("."):
         part = getattr(part, word)
     tree = ast.parse((HERE / f"test_{topic}.py").read_text(encoding="utf-8"))
     (node,) = [node for node in tree.body if getattr(node, "name", "") == name]
     _, answer, rest = ast.get_docstring(node).split("\n\n")
-    lesson = [index.claim(name), " ".join(answer.split()), rest, f"tests/lessons/test_{topic}.py {name}"]
+    paragraphs = [index.claim(name), " ".join(answer.split()), rest, f"tests/lessons/test_{topic}.py {name}"]
     return {
         "function": f"{file} {function}",
         "source": textwrap.dedent(inspect.getsource(part)),
         "question": question,
-        "lesson": "\n\n".join(lesson),
+        "lesson": "\n\n".join(paragraphs),
     }
 
 
@@ -297,6 +308,7 @@ def frames(tokenizer):
     if tokenizer.special_tokens.keys() >= set(CHAT_TOKENS):
         message = {"role": "user", "content": "text"}
         ids, _ = render(tokenizer, [message], add_generation_prompt=True)
+        # the last place: a system message may hold the word, too
         places = [i for i in range(len(ids)) if ids[i : i + len(content)] == content]
         found["chat"] = [ids[: places[-1]], ids[places[-1] + len(content) :]]
     return found
@@ -305,11 +317,11 @@ def frames(tokenizer):
 def default_prompt(folder, model, tokenizer, mode, max_len):
     """A question that the model was taught to answer, or what it writes by itself."""
     if mode == "chat":
-        questions = []
         with suppress(OSError, ValueError, LookupError, AttributeError, TypeError):  # not one of finetune.py
-            questions = json.loads((folder / "results.json").read_bytes())["questions"].values()
-        fitting = [text for text in questions if len(tokenizer.encode(text)) < max_len // 2]
-        return fitting[0] if fitting else "Hello!"
+            for question in json.loads((folder / "results.json").read_bytes())["questions"].values():
+                if len(tokenizer.encode(question)) < max_len // 2:
+                    return question
+        return "Hello!"
     ids = sample.to_prompt(tokenizer, "\n")
     unused = sample.find_unused_ids(model, tokenizer)
     ends = sample.end_ids(folder, tokenizer)
