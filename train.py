@@ -42,12 +42,15 @@ from sample import OUT, find_unused_ids, generate, positive_float, positive_int,
 from tokenizer import print_any_character
 
 DEFAULT_MINUTES = 3
+SHORT_BLOCK = 64  # tokens; a run begins with blocks as short as that
+SHORT_SHARE = 0.3  # of a run, after which it reads whole blocks
 CONSTANT_SHARE = 0.4  # of a run, after which the learning rate falls
 MAX_EPOCHS = 8  # under --minutes: a text that is read more often is memorized
 EVAL_TOKENS = 2**14  # of held-out text in each evaluation but the last
 LAST_EVAL_TOKENS = 2**20
 SAVE_SECONDS = 600  # the longest time between two saves
 WARMUP = 50  # steps
+ADAMW_SHARE = 0.3  # AdamW's learning rate, as a share of Muon's
 STATE = "train_state.pt"  # what a run needs to be resumed
 
 
@@ -56,7 +59,7 @@ class Settings:
     """Everything that decides the numbers of a run, besides data, hardware and versions. Saved with it."""
 
     seed: int
-    block_size: int
+    block_size: int  # tokens of a block; see block_length
     batch_size: int  # blocks (examples in finetune.py) per step, over all processes
     micro_batch: int  # blocks in one forward pass of one process
     lr: float
@@ -121,6 +124,8 @@ def training_step(objective, optimizers, batch, n_targets, lr_scale, settings):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr_scale * group["initial_lr"]
+            if "momentum" in group:  # of Muon: the smaller the steps, the more of them it averages
+                group["momentum"] = 0.95 - 0.1 * lr_scale
         optimizer.step()
         optimizer.zero_grad()
     return torch.cat(measured), norm
@@ -232,7 +237,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, lr, weight_decay, dtype):
-    """Muon and AdamW for a model; AdamW learns at a tenth of Muon's rate, norms without weight decay."""
+    """Muon and AdamW for a model; AdamW learns at 0.3 of Muon's rate, norms without weight decay."""
     # Matrices that read the stream, matrices that add to it, embedding and head, the weights of the norms.
     readers, writers, tables, vectors = [], [], [], []
     for name, p in model.named_parameters():
@@ -248,9 +253,10 @@ def make_optimizers(model, lr, weight_decay, dtype):
     slower = lr * PRESETS["nano"]["n_layer"] / model.config.n_layer
     matrices = [{"params": readers}, {"params": writers, "lr": slower}]
     others = [{"params": tables}, {"params": vectors, "weight_decay": 0.0}]
+    for_adamw = dict(lr=ADAMW_SHARE * lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
     optimizers = [
         Muon(matrices, lr=lr, weight_decay=weight_decay, dtype=dtype),
-        torch.optim.AdamW(others, lr=lr / 10, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True),
+        torch.optim.AdamW(others, **for_adamw),
     ]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -278,6 +284,17 @@ def fraction_done(step, seconds, settings):
         return max(by_steps, seconds / (60 * settings.minutes))
     falling = (step - settings.fall) / (settings.steps - settings.fall)
     return CONSTANT_SHARE + (1 - CONSTANT_SHARE) * falling
+
+
+def block_length(done, settings):
+    """Tokens that the model sees at once when a fraction `done` of the run is done.
+
+    Short blocks come first: they take less time, and what stands near is learned first. A compiled model has
+    whole blocks throughout, since it is compiled for one length.
+    """
+    if done >= SHORT_SHARE or settings.compile or settings.block_size % SHORT_BLOCK:
+        return settings.block_size
+    return SHORT_BLOCK
 
 
 def crosses(n, before, now):
@@ -347,8 +364,11 @@ class Pace:
         return True
 
     def recent(self):
-        """Median seconds per step of the last laps; a short disturbance does not change it."""
-        return statistics.median(self.step_seconds[-20:])
+        """Median seconds per step of the last laps; a short disturbance does not change it.
+
+        When the number of steps is decided, these are steps with whole blocks.
+        """
+        return statistics.median(self.step_seconds[-8:])
 
     def left(self, step):
         """Seconds that the run will still take, without evaluations once the steps are decided."""
@@ -425,7 +445,7 @@ def usual_bpb(step, settings, data):
     curves = USUAL.get(settings.preset)
     default_data = data.name == "pystdlib" and data.tokenizer.vocab_size == 2048
     chosen = settings.block_size, settings.batch_size, settings.lr, settings.dropout
-    if curves is None or not default_data or chosen != (128, 16, 0.03, None):
+    if curves is None or not default_data or chosen != (256, 8, 0.02, None):
         return None
     if settings.steps is None or step <= settings.fall:
         curve = curves["constant"]
@@ -734,9 +754,7 @@ class Log:
     COLUMNS = ("step", "tokens", "seconds", "train_loss", "val_bpb", "lr", "grad_norm")
     COLUMNS += ("tokens_per_second", "mfu")
 
-    def __init__(self, out, flops_per_token, settings, more_columns=()):
-        """flops_per_token: of training, for the share of the device's peak that a run makes use of (MFU)."""
-        self.tokens_at_peak = peak_rate(settings) / flops_per_token
+    def __init__(self, out, more_columns=()):
         self.on_terminal = sys.stdout.isatty()
         rank, _ = rank_and_world()
         self.file = open(out / "log.csv" if rank == 0 else os.devnull, "a", newline="", encoding="utf-8")
@@ -749,14 +767,13 @@ class Log:
 
     def write(self, values, left, stays, remark="", details=""):
         """Add a line of {column: value}; left: seconds; stays: on the screen; details: below the line."""
-        values["mfu"] = values["tokens_per_second"] / self.tokens_at_peak
         known = {name: round(value, 6) for name, value in values.items() if value is not None}
         self.rows.writerow(known)
         self.file.flush()
         bpb = f"{known['val_bpb']:.4f}" if "val_bpb" in known else ""
-        speed, left = values["tokens_per_second"], timedelta(seconds=round(left))
+        speed, mfu, left = values["tokens_per_second"], values["mfu"], timedelta(seconds=round(left))
         line = f"{values['step']:8,} {values['train_loss']:8.4f} {bpb:>8} {values['lr']:8.5f} "
-        line += f"{speed:9,.0f} {values['mfu']:5.0%} {left!s:>8}  {remark}".rstrip()
+        line += f"{speed:9,.0f} {mfu:5.0%} {left!s:>8}  {remark}".rstrip()
         if stays:
             if self.on_terminal:
                 print("\r\033[K", end="")  # in place of the last line that did not stay
@@ -822,7 +839,7 @@ def parse_arguments():
     what.add_argument("--dropout", type=below_one, help="share of each branch left out (0.1 after 10 epochs)")
     add_common_arguments(parser)
     how = parser.add_argument_group("how fast")
-    how.add_argument("--lr", type=positive_float, help="learning rate of Muon; AdamW takes a tenth (0.03)")
+    how.add_argument("--lr", type=positive_float, help="learning rate of Muon; AdamW takes 0.3 of it (0.02)")
     how.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on a GPU)")
     args = parser.parse_args()
     refuse_with_resume(args, parser)
@@ -909,12 +926,12 @@ def schedule_settings(args):
 
 
 def choose_batch(preset, device, minutes):
-    """(tokens of a block, blocks of a step) for a preset, a kind of device and a budget."""
+    """(tokens of a block, tokens of a step) for a preset, a kind of device and a budget."""
     if device == "cuda" and preset in ("small", "medium", "large"):
-        return 1024, 128
+        return 1024, 128 * 1024
     if minutes < 1:
-        return 64, 16  # more and smaller steps
-    return 128, 16
+        return 64, 1024  # more and smaller steps
+    return 256, 2048
 
 
 def choose_settings(args, device, data):
@@ -930,8 +947,9 @@ def choose_settings(args, device, data):
         preset, reason = choose_preset(minutes, device, dtype, n_devices, n_tokens, vocab_size)
         if args.steps:
             reason += f" (--steps names no time, so {DEFAULT_MINUTES} minutes are assumed)"
-    block_size, batch_size = choose_batch(preset, device, minutes)
+    block_size, tokens_per_step = choose_batch(preset, device, minutes)
     block_size = args.block_size or block_size
+    batch_size = max(1, tokens_per_step // block_size)
     n_blocks = MAX_EPOCHS * max(1, n_tokens // block_size - 1)  # the most that a budget reads
     while not args.steps and batch_size > 1 and n_blocks < 400 * batch_size:
         batch_size //= 2  # or a small text would be read in a few steps
@@ -947,7 +965,7 @@ def choose_settings(args, device, data):
         block_size=block_size,
         batch_size=batch_size,
         micro_batch=batch_size // world,
-        lr=args.lr or round(0.03 * larger, 4),
+        lr=args.lr or round(0.02 * larger, 4),
         weight_decay=0.1,
         dropout=args.dropout,
         dtype=dtype,
@@ -974,14 +992,18 @@ def show_plan(settings, reason, data):
         where += " with" if fast_dtype("cpu") == torch.bfloat16 else " without"
         where += " bfloat16 units"
     show("device", f"{where}; {settings.dtype} products, at most {peak_rate(settings) / 1e9:,.0f} GFLOP/s")
-    show("batch", f"{settings.batch_size} blocks of {settings.block_size} tokens")
+    batch, first = f"{settings.batch_size} blocks of {settings.block_size} tokens", block_length(0, settings)
+    if first < settings.block_size:
+        n_rows = settings.batch_size * settings.block_size // first
+        batch = f"{n_rows} blocks of {first} tokens in the first {SHORT_SHARE:.0%} of the run, then {batch}"
+    show("batch", batch)
     if settings.steps:
         show("steps", f"{settings.steps:,}")
         show_text(settings, data)
     else:
         epochs = f"or {MAX_EPOCHS} epochs ({settings.max_steps:,} steps) if that is less"
         show("time", f"{settings.minutes:g} minutes, {epochs}; the number of steps is set after 40 % of it")
-    rates = f"Muon {settings.lr:g}, AdamW {settings.lr / 10:g}"
+    rates = f"Muon {settings.lr:g}, AdamW {ADAMW_SHARE * settings.lr:g}"
     show("rates", f"{rates}: up in {WARMUP} steps or fewer, constant, the last 60 % down to zero")
 
 
@@ -1055,6 +1077,7 @@ def train(settings, data, blocks, out, state=None):
     if settings.compile:
         objective.compile(dynamic=False)
     fit_micro_batch(objective, blocks.batch(0, settings.batch_size, rank, world), settings)
+    short_blocks = Blocks(data.train, block_length(0, settings), settings.seed)
 
     prompt = data.val[:8].tolist()
     step, seconds, best, bpb = 0, 0.0, math.inf, None
@@ -1068,15 +1091,20 @@ def train(settings, data, blocks, out, state=None):
         add_sample(out, model, tokenizer, prompt, step)
     objective = parallel(objective)
     n_targets = settings.batch_size * settings.block_size  # in a step
-    log = Log(out, 3 * config.flops_per_token(settings.block_size), settings)
+    log, peak = Log(out), peak_rate(settings)
     pace = Pace(settings, step, seconds, 1 + min(len(data.val), LAST_EVAL_TOKENS) / EVAL_TOKENS)
     saved, stop = seconds, False
     with catch_signals() as stop_asked:
         while step != settings.steps and not stop:
             lr_scale = learning_rate(step, pace.done, settings)
             set_dropout(model, step, settings, blocks)
-            batch = blocks.batch(step, settings.batch_size, rank, world)
-            losses, norm = training_step(objective, optimizers, batch, n_targets, lr_scale, settings)
+            length = block_length(pace.done, settings)
+            config.block_size = length  # of the model, too: the longest that it has seen
+            text = short_blocks if length < settings.block_size else blocks
+            batch = text.batch(step, n_targets // length, rank, world)
+            n_short = settings.block_size // length  # as many short blocks are one long one
+            step_settings = replace(settings, micro_batch=n_short * settings.micro_batch)
+            losses, norm = training_step(objective, optimizers, batch, n_targets, lr_scale, step_settings)
             loss_sum += losses.sum()
             n_summed += 1
             step += 1
@@ -1088,13 +1116,15 @@ def train(settings, data, blocks, out, state=None):
                 check_finite(loss + norm.item(), out)
                 loss_sum.zero_()
                 n_summed = 0
+                speed = n_targets / pace.end_lap(step)
                 values = {
                     "step": step,
                     "tokens": step * n_targets,
                     "train_loss": loss,
                     "lr": lr_scale * settings.lr,
                     "grad_norm": norm.item(),
-                    "tokens_per_second": n_targets / pace.end_lap(step),
+                    "tokens_per_second": speed,
+                    "mfu": speed * 3 * config.flops_per_token(config.block_size) / peak,
                 }
                 decided = pace.decide_steps(step)
                 remark = ""

@@ -11,12 +11,14 @@ python tests/bench.py sample --peer BINARY      decoding against transformers an
 python tests/bench.py resume                    20 runs, killed at random moments: do they end alike?
 python tests/bench.py exit                      two processes, 20 times: do they end cleanly?
 python tests/bench.py ladder                    from a GPT-2 to train.py, idea by idea, in equal time
+python tests/bench.py speedrun --base DIR       does this folder learn more than another version of it?
 python tests/bench.py xray                      the forward pass in a page of tests/lessons/xray.py, with node
 python tests/bench.py gpu                       what needs a GPU
 """
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import lzma
@@ -24,6 +26,7 @@ import os
 import pickle
 import random
 import resource
+import shlex
 import shutil
 import signal
 import statistics
@@ -523,7 +526,7 @@ def bench_train(args):
 def bench_curve(args):
     """What train.py compares a run with (USUAL): runs of the default data, of different lengths."""
     for preset in args.presets:
-        shape = ["--preset", preset, "--block-size", 128, "--batch-size", 16, "--lr", 0.03]
+        shape = ["--preset", preset, "--block-size", 256, "--batch-size", 8, "--lr", 0.02]
         curves = {"constant": {}, "end": {}}
         for steps in args.steps:
             with tempfile.TemporaryDirectory() as out:
@@ -844,6 +847,15 @@ def plain_adamw(model):
     return [optimizer]
 
 
+def as_usual(muon, adamw):
+    """A larger rate for Muon, a tenth of that for AdamW, and a constant momentum."""
+    muon.look_ahead = lambda p, _: train.Muon.look_ahead(muon, p, 0.95)
+    for group in muon.param_groups:
+        group["initial_lr"] *= 1.5
+    for group in adamw.param_groups:
+        group["initial_lr"] *= 0.5
+
+
 RUNGS = {  # name -> the idea that it adds
     "GPT-2's block, AdamW, bytes, 12 x 64": None,
     "+ RoPE": "rope",
@@ -852,8 +864,10 @@ RUNGS = {  # name -> the idea that it adds
     "+ Muon": "muon",
     "+ BPE, 1,024 tokens": "bpe",
     "+ products in the fastest dtype": "dtype",
-    "+ the batch of train.py": "batch",
+    "+ 16 x 128 tokens": "batch",
     "+ constant rate, then linear to zero": "schedule",
+    "+ rates and momentum of small batches": "rates",
+    "+ blocks of 64, then of 256": "lengths",
 }
 
 
@@ -862,15 +876,20 @@ def climb(ideas, data, seconds, seed):
     rows, T = 12, 64
     if "batch" in ideas:
         rows, T = (16, 64) if seconds < 60 else (16, 128)
+    if "lengths" in ideas and seconds >= 60:
+        rows, T = 8, 256
     dtype = fast_dtype("cpu") if "dtype" in ideas else torch.float32
-    settings = make_settings(rows, T, dtype)
+    settings = make_settings(rows, T, dtype, micro_batch=1024)
     torch.manual_seed(seed)
     model = older_model(Config(data.tokenizer.vocab_size, T, **PRESETS["nano"]), ideas)
     if "muon" in ideas:
-        optimizers = train.make_optimizers(model, 0.03, 0.1, dtype)
+        optimizers = train.make_optimizers(model, 0.02, 0.1, dtype)
+        if "rates" not in ideas:
+            as_usual(*optimizers)
     else:
         optimizers = plain_adamw(model)
     objective, blocks = train.NextTokenLoss(model), Blocks(data.train, T, seed)
+    short_blocks = Blocks(data.train, min(T, train.SHORT_BLOCK), seed)
     start, step, done = time.perf_counter(), 0, 0.0
     while done < 1:  # the schedules go by time
         if "schedule" in ideas:
@@ -878,7 +897,10 @@ def climb(ideas, data, seconds, seed):
         else:
             fall = 0.1 + 0.9 * (1 + np.cos(np.pi * done)) / 2
         rate = min(1, max(done, 0.001) / 0.05, fall)
-        train.training_step(objective, optimizers, blocks.batch(step, rows), rows * T, rate, settings)
+        batch = blocks.batch(step, rows)
+        if "lengths" in ideas and done < train.SHORT_SHARE:
+            batch = short_blocks.batch(step, rows * T // short_blocks.block_size)
+        train.training_step(objective, optimizers, batch, rows * T, rate, settings)
         step += 1
         done = (time.perf_counter() - start) / seconds
     bpb = train.bits_per_byte(model, data.val, data.tokenizer.bytes_per_token)
@@ -906,6 +928,77 @@ def bench_ladder(args):
     for name, runs in results.items():
         steps, tokens, bpb = (statistics.median(values) for values in zip(*runs))
         print(f"| {name} | {steps:,.0f} | {tokens / 1e6:.2f} M | {bpb:.3f} |")
+
+
+# --- does a change learn more? ---
+
+
+def copy_data(name, hold_out, folder):
+    """Copy prepared data into a folder; without hold_out, it becomes the last tenth of the training text."""
+    if name == "shakespeare" and "TINY_SHAKESPEARE" in os.environ:
+        source = prepare_quietly([tiny_shakespeare()], name="speedrun-shakespeare")
+    else:
+        source = find_data(name)
+    shutil.copytree(source, folder)
+    if hold_out:
+        return
+    ids = load_data(source).train
+    n = int(0.9 * len(ids))
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    for split, part in (("train", ids[:n]), ("val", ids[n:])):
+        part.tofile(folder / f"{split}.bin")
+        meta["tokens"][split] = len(part)
+        meta["fingerprint"][split] = hashlib.blake2b(part.tobytes(), digest_size=16).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def run_version(version, data, budget, seed, options):
+    """(steps, bits per byte) of one run of train.py in a folder with some version of it."""
+    with tempfile.TemporaryDirectory() as out:
+        program = [sys.executable, "train.py", "--data", data.name, "--seed", seed, "--out", out]
+        program = map(str, [*program, *budget, *options])
+        subprocess.run(program, check=True, stdout=subprocess.DEVNULL, cwd=version)
+        model = Transformer.load(out)
+        steps = int(read_log(Path(out))[-1]["step"])
+    return steps, train.bits_per_byte(model, data.val, data.tokenizer.bytes_per_token)
+
+
+def bench_speedrun(args):
+    """Runs of two versions of train.py in turn: means, spreads and the paired t-value of the difference."""
+    options = {"base": [], "change": shlex.split(args.options)}
+    versions = {"base": Path(args.base).resolve(), "change": ROOT}
+    budget = ["--steps", args.steps] if args.steps else ["--minutes", args.minutes]
+    for name in args.data:
+        copies = [version / "data" / f"speedrun-{os.getpid()}" for version in set(versions.values())]
+        try:
+            for copy in copies:
+                copy_data(name, args.hold_out, copy)
+            data = load_data(copies[0])
+            compare_versions(name, data, versions, budget, options, args.seeds)
+        finally:
+            for copy in copies:
+                shutil.rmtree(copy, ignore_errors=True)
+
+
+def compare_versions(name, data, versions, budget, options, seeds):
+    """Print the runs with each seed as they end, and then what they say together."""
+    print(f"\n{name}, {' '.join(map(str, budget))}: bits per byte (steps)")
+    print(f"{'seed':8}" + "".join(f"{version:>18}" for version in versions) + "   change - base", flush=True)
+    found = {version: [] for version in versions}
+    for seed in range(seeds):
+        line = f"{seed:<8}"
+        for version, folder in versions.items():
+            steps, bpb = run_version(folder, data, budget, seed, options[version])
+            found[version].append(bpb)
+            line += f"{bpb:10.4f} ({steps:,})".rjust(18)
+        print(f"{line}{found['change'][-1] - found['base'][-1]:16.4f}", flush=True)
+    differences = [change - base for base, change in zip(found["base"], found["change"])]
+    columns = [*found.values(), differences]
+    print("mean    " + "".join(f"{statistics.mean(column):18.4f}" for column in columns))
+    if seeds > 1:
+        print("spread  " + "".join(f"{statistics.stdev(column):18.4f}" for column in columns))
+        t = statistics.mean(differences) / (statistics.stdev(differences) / seeds**0.5)
+        print(f"paired t-value of the difference: {t:.1f}", flush=True)
 
 
 # --- decoding ---
@@ -1319,6 +1412,15 @@ def parse_arguments():
     add = offer("ladder", bench_ladder, "what each idea buys, in equal time")
     add("--seconds", type=float, default=60, help="for each rung (60)")
     add("--runs", type=int, default=3, help="of the whole ladder (3)")
+
+    add = offer("speedrun", bench_speedrun, "whether this folder learns more than another version")
+    add("--base", metavar="DIR", default=ROOT, help="another version of this folder (this one)")
+    add("--options", default="", help="of train.py, for this folder's runs only, such as '--lr 0.02'")
+    add("--data", nargs="+", default=["pystdlib", "shakespeare"], help="corpora (pystdlib shakespeare)")
+    add("--minutes", type=float, default=train.DEFAULT_MINUTES, help="of each run (3)")
+    add("--steps", type=int, help="instead of minutes")
+    add("--seeds", type=int, default=3, help="runs of each (3)")
+    add("--hold-out", action="store_true", help="measure on it, not on the last tenth of the training text")
 
     add = offer("xray", bench_xray, "the forward pass in an x-ray page")
     add("--presets", nargs="+", default=["pico", "nano", "micro"], choices=PRESETS, help="(pico nano micro)")

@@ -29,6 +29,7 @@ from train import (
     NextTokenLoss,
     Pace,
     bits_per_byte,
+    block_length,
     fit_micro_batch,
     fraction_done,
     learning_rate,
@@ -165,6 +166,15 @@ def test_muon_computes_what_pytorch_s_muon_computes():
         assert all(torch.equal(p, q) for p, q in zip(ours, theirs))
 
 
+def test_muon_averages_over_more_steps_while_the_rate_falls(model):
+    settings = make_settings()
+    muon, adamw = make_optimizers(model, 0.01, 0.1, torch.float32)
+    batch = torch.randint(320, (2, 4, 8))
+    for lr_scale, expected in ((0.02, 0.948), (1, 0.85), (0.5, 0.9), (0, 0.95)):
+        training_step(NextTokenLoss(model), [muon, adamw], batch, 32, lr_scale, settings)
+        assert all(group["momentum"] == pytest.approx(expected) for group in muon.param_groups)
+
+
 def test_muon_leaves_a_weight_without_gradient_alone():
     frozen, p = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4, 4))
     p.grad = torch.eye(4)
@@ -243,6 +253,20 @@ def test_a_disturbance_at_the_start_does_not_change_what_fits(monkeypatch):
     assert disturbed.steps > 0.8 * calm.steps
 
 
+def test_the_steps_that_are_left_are_counted_at_the_speed_of_whole_blocks(monkeypatch):
+    settings, seconds, _, _ = run_by_the_clock(monkeypatch, lambda now: 0.05 if now < 0.3 * 60 else 0.1)
+    assert seconds == pytest.approx(60, rel=0.03)
+    assert settings.fall == pytest.approx(18 / 0.05 + 6 / 0.1, rel=0.1)
+
+
+def test_a_run_begins_with_short_blocks():
+    settings = make_settings(block_size=256)
+    assert [block_length(done, settings) for done in (0.0, 0.29, 0.3, 0.9)] == [64, 64, 256, 256]
+    assert block_length(0.0, replace(settings, compile=True)) == 256  # it would be compiled twice
+    for block_size in (32, 64, 100):
+        assert block_length(0.0, replace(settings, block_size=block_size)) == block_size
+
+
 def test_slow_evaluations_become_fewer(monkeypatch):
     settings, seconds, _, evaluated = run_by_the_clock(monkeypatch, lambda now: 0.1, eval_seconds=3)
     assert settings.n_evals == 2 and len(evaluated) <= 4
@@ -302,10 +326,11 @@ def test_a_small_text_is_read_in_hundreds_of_steps_but_eight_times_at_most():
         for block_size in (None, 16, 512):
             settings = choose(n_tokens, block_size=block_size)
             read = settings.max_steps * settings.batch_size * settings.block_size
-            assert read <= 8 * n_tokens and settings.batch_size <= 16
-            assert settings.batch_size in (1, 16) or 400 <= settings.max_steps < 800
+            tokens_per_step = settings.batch_size * settings.block_size
+            assert read < 8 * n_tokens + tokens_per_step and tokens_per_step <= 2048
+            assert settings.batch_size == 1 or tokens_per_step == 2048 or 400 <= settings.max_steps < 800
     assert choose(10**4, batch_size=12).batch_size == 12
-    assert choose(10**4, steps=100).batch_size == 16 and choose(10**4, steps=100).max_steps is None
+    assert choose(10**4, steps=100).batch_size == 8 and choose(10**4, steps=100).max_steps is None
 
 
 def test_the_plan_says_why_this_preset(tokenizer, capsys):
@@ -318,7 +343,7 @@ def test_the_plan_says_why_this_preset(tokenizer, capsys):
 def test_the_batch_suits_the_model_and_the_device():
     small = dict(preset="small", dtype="bfloat16")
     sizes = [(s.batch_size, s.block_size) for s in (choose(10**9, **small), choose(10**9, "cuda", **small))]
-    assert sizes == [(16, 128), (128, 1024)]
+    assert sizes == [(8, 256), (128, 1024)]
     assert choose(10**9, minutes=0.5).block_size < choose(10**9, minutes=3).block_size
 
 
@@ -355,8 +380,8 @@ def test_a_measurement_is_compared_with_what_is_usual(monkeypatch):
     data = SimpleNamespace(name="pystdlib", tokenizer=SimpleNamespace(vocab_size=2048))
     curves = {"constant": {0.2: 2.0, 0.8: 1.8}, "end": {0.8: 1.6, 3.2: 1.3}}
     monkeypatch.setattr(stage, "USUAL", {"nano": curves})
-    settings = make_settings(block_size=128, batch_size=16, steps=1000, fall=400, dropout=None)
-    per_step = 16 * 128 / 1e6
+    settings = make_settings(block_size=256, batch_size=8, lr=0.02, steps=1000, fall=400, dropout=None)
+    per_step = 8 * 256 / 1e6
     for millions, expected in ((0.201, 2.0), (0.4, 1.9), (0.799, 1.8)):
         found = stage.usual_bpb(millions / per_step, settings, data)
         assert found == pytest.approx(expected, abs=2e-3)
@@ -364,7 +389,7 @@ def test_a_measurement_is_compared_with_what_is_usual(monkeypatch):
     assert found == pytest.approx(1.6 - 0.3 * math.log(1000 * per_step / 0.8) / math.log(4), abs=1e-3)
     assert stage.usual_bpb(500, settings, data) is None  # the rate falls
     assert stage.usual_bpb(10, settings, data) is None  # too early
-    for changes in ({"lr": 0.01}, {"preset": "small"}, {"batch_size": 8}, {"dropout": 0.1}):
+    for changes in ({"lr": 0.01}, {"preset": "small"}, {"batch_size": 16}, {"dropout": 0.1}):
         assert stage.usual_bpb(300, replace(settings, **changes), data) is None
     for changes in ({"name": "mine"}, {"tokenizer": SimpleNamespace(vocab_size=4096)}):
         assert stage.usual_bpb(300, settings, SimpleNamespace(**vars(data) | changes)) is None
@@ -524,7 +549,7 @@ def test_a_run_learns_logs_and_leaves_a_model_that_opens(prepared, tmp_path):
     assert result.returncode == 0, result.stderr
     with open(out / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert rows[-1]["step"] == "60" and rows[-1]["tokens"] == str(60 * 8 * 128)
+    assert rows[-1]["step"] == "60" and rows[-1]["tokens"] == str(60 * 8 * 256)
     assert float(rows[0]["train_loss"]) == pytest.approx(math.log(320), rel=0.1)
     assert float(rows[-1]["train_loss"]) < 2
     assert 0 < float(rows[-1]["mfu"]) < 1
@@ -534,6 +559,29 @@ def test_a_run_learns_logs_and_leaves_a_model_that_opens(prepared, tmp_path):
     model, data = Transformer.load(out), load_data(prepare.DATA / prepared)
     bpb = bits_per_byte(model, data.val, Tokenizer.load(out / "tokenizer.json").bytes_per_token)
     assert bpb == pytest.approx(float(rows[-1]["val_bpb"]), abs=0.01)
+
+
+def test_all_steps_have_as_many_tokens_and_a_model_knows_the_longest_block_that_it_has_seen(
+    prepared, tmp_path, monkeypatch
+):
+    read, saved = [], []
+
+    def step(objective, optimizers, batch, n_targets, lr_scale, settings):
+        read.append((*batch[0].shape, settings.micro_batch))
+        return training_step(objective, optimizers, batch, n_targets, lr_scale, settings)
+
+    def save(out, state, model, optimizers):
+        saved.append(model.config.block_size)
+
+    monkeypatch.setattr(stage, "training_step", step)
+    monkeypatch.setattr(stage, "save_state", save)
+    data = load_data(prepare.DATA / prepared)
+    settings = make_settings(preset="pico", block_size=128, batch_size=4, micro_batch=2)
+    tmp_path.joinpath("samples.txt").touch()
+    stage.train(settings, data, Blocks(data.train, 128, 0), tmp_path)
+    assert read == 3 * [(8, 64, 4)] + 7 * [(4, 128, 2)]
+    assert saved == 3 * [64] + 7 * [128]
+    assert Transformer.load(tmp_path).config.block_size == 128
 
 
 def test_samples_show_one_prompt_at_every_evaluation(reference):
