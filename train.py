@@ -75,7 +75,7 @@ class Settings:
     max_steps: int | None = None  # the end even if minutes are left, from a number of epochs
     preset: str = ""
     weight_decay: float = 0.0
-    dropout: float | None = 0.0  # None: see set_dropout
+    dropout: float = 0.0
     compile: bool = False
 
 
@@ -124,8 +124,6 @@ def training_step(objective, optimizers, batch, n_targets, lr_scale, settings):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr_scale * group["initial_lr"]
-            if "momentum" in group:  # of Muon: the smaller the steps, the more of them it averages
-                group["momentum"] = 0.95 - 0.1 * lr_scale
         optimizer.step()
         optimizer.zero_grad()
     return torch.cat(measured), norm
@@ -209,7 +207,7 @@ class Muon(torch.optim.Optimizer):
     orthogonalized together.
     """
 
-    def __init__(self, params, lr, weight_decay, dtype=torch.bfloat16, momentum=0.95):
+    def __init__(self, params, lr, weight_decay, dtype=torch.bfloat16, momentum=0.9):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.dtype = dtype  # of the products in orthogonalize
 
@@ -377,19 +375,6 @@ class Pace:
         return (self.settings.steps - step) * self.recent()
 
 
-def set_dropout(model, step, settings, blocks):
-    """Prepare dropout for a step. By default it is 0, after ten epochs (of a run with --steps) 0.1.
-
-    Also reseeds, see step_seed.
-    """
-    dropout = settings.dropout
-    if dropout is None:
-        dropout = 0.1 if step * settings.batch_size >= 10 * blocks.per_epoch else 0.0
-    for block in model.model.layers:
-        block.dropout.p = dropout
-    torch.manual_seed(step_seed(settings, step))
-
-
 def step_seed(settings, step):
     """A seed for what is random in a step of this process, so that no generator state has to be saved."""
     rank, _ = rank_and_world()
@@ -445,7 +430,7 @@ def usual_bpb(step, settings, data):
     curves = USUAL.get(settings.preset)
     default_data = data.name == "pystdlib" and data.tokenizer.vocab_size == 2048
     chosen = settings.block_size, settings.batch_size, settings.lr, settings.dropout
-    if curves is None or not default_data or chosen != (256, 8, 0.02, None):
+    if curves is None or not default_data or chosen != (256, 8, 0.02, 0.0):
         return None
     if settings.steps is None or step <= settings.fall:
         curve = curves["constant"]
@@ -484,7 +469,7 @@ def compare_with_cpu(config, device):
     torch.set_float32_matmul_precision("highest")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Transformer(replace(config, n_layer=min(2, config.n_layer)))
+        model = Transformer(replace(config, n_layer=min(2, config.n_layer), dropout=0.0))
         for p in model.parameters():
             nn.init.normal_(p, mean=float(p.ndim == 1), std=0.02)
         ids = torch.randint(config.vocab_size, (1, min(64, config.block_size) + 1))
@@ -836,7 +821,7 @@ def parse_arguments():
     what.add_argument("--data", metavar="NAME", default="pystdlib", help="folder under data/ (pystdlib)")
     what.add_argument("--preset", choices=PRESETS, help="size of the model (by minutes, machine and text)")
     what.add_argument("--block-size", type=positive_int, metavar="TOKENS", help="tokens that it sees at once")
-    what.add_argument("--dropout", type=below_one, help="share of each branch left out (0.1 after 10 epochs)")
+    what.add_argument("--dropout", type=below_one, default=0.0, help="share of each branch left out (0)")
     add_common_arguments(parser)
     how = parser.add_argument_group("how fast")
     how.add_argument("--lr", type=positive_float, help="learning rate of Muon; AdamW takes 0.3 of it (0.02)")
@@ -966,7 +951,7 @@ def choose_settings(args, device, data):
         batch_size=batch_size,
         micro_batch=batch_size // world,
         lr=args.lr or round(0.02 * larger, 4),
-        weight_decay=0.1,
+        weight_decay=0.2,
         dropout=args.dropout,
         dtype=dtype,
         device=device,
@@ -1033,7 +1018,8 @@ def open_data(name):
 
 def model_config(settings, data):
     """The shape of the model that a run trains."""
-    return Config(data.tokenizer.vocab_size, settings.block_size, **PRESETS[settings.preset])
+    shape = dict(PRESETS[settings.preset], dropout=settings.dropout)
+    return Config(data.tokenizer.vocab_size, settings.block_size, **shape)
 
 
 def identity_of(data):
@@ -1097,7 +1083,7 @@ def train(settings, data, blocks, out, state=None):
     with catch_signals() as stop_asked:
         while step != settings.steps and not stop:
             lr_scale = learning_rate(step, pace.done, settings)
-            set_dropout(model, step, settings, blocks)
+            torch.manual_seed(step_seed(settings, step))  # for dropout
             length = block_length(pace.done, settings)
             config.block_size = length  # of the model, too: the longest that it has seen
             text = short_blocks if length < settings.block_size else blocks
