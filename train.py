@@ -1084,13 +1084,11 @@ def train(settings, data, blocks, out, state=None):
         while step != settings.steps and not stop:
             lr_scale = learning_rate(step, pace.done, settings)
             torch.manual_seed(step_seed(settings, step))  # for dropout
-            length = block_length(pace.done, settings)
-            config.block_size = length  # of the model, too: the longest that it has seen
+            length = config.block_size = block_length(pace.done, settings)  # the longest seen so far
             text = short_blocks if length < settings.block_size else blocks
             batch = text.batch(step, n_targets // length, rank, world)
-            n_short = settings.block_size // length  # as many short blocks are one long one
-            step_settings = replace(settings, micro_batch=n_short * settings.micro_batch)
-            losses, norm = training_step(objective, optimizers, batch, n_targets, lr_scale, step_settings)
+            same_tokens = replace(settings, micro_batch=settings.micro_batch * settings.block_size // length)
+            losses, norm = training_step(objective, optimizers, batch, n_targets, lr_scale, same_tokens)
             loss_sum += losses.sum()
             n_summed += 1
             step += 1
