@@ -407,20 +407,16 @@ def bits_per_byte(model, tokens, bytes_per_token, n_tokens=None):
 
 # --- is that normal? ---
 
-# {million tokens: bits per byte} of the default data, in batches of 16 x 128: at a constant rate, and
+# {million tokens: bits per byte} of the default data, in batches of 8 x 256: at a constant rate, and
 # at the end of a run of so many in all. From runs of `python tests/bench.py curve --steps ...`, Python 3.11.
 USUAL = {
     "pico": {
-        "constant": {0.12: 2.34, 0.2: 2.14, 0.41: 1.92, 0.82: 1.74, 1.31: 1.6, 1.97: 1.52, 2.62: 1.49},
-        "end": {0.61: 1.83, 2.05: 1.41, 3.63: 1.3, 4.82: 1.26, 6.55: 1.24},
+        "constant": {0.12: 2.22, 0.2: 2.02, 0.41: 1.81, 0.61: 1.74, 0.82: 1.71, 1.02: 1.66, 1.26: 1.59},
+        "end": {0.61: 1.71, 2.05: 1.3, 2.63: 1.27, 3.31: 1.24},
     },
     "nano": {
-        "constant": {0.12: 2.3, 0.2: 2.09, 0.41: 1.88, 0.82: 1.71, 1.84: 1.54, 2.76: 1.45, 5.53: 1.41},
-        "end": {0.61: 1.77, 2.05: 1.36, 4.61: 1.22, 13.82: 1.15},
-    },
-    "micro": {
-        "constant": {0.12: 2.28, 0.2: 2.06, 0.41: 1.86, 0.82: 1.68, 1.43: 1.57, 2.15: 1.49, 2.87: 1.45},
-        "end": {0.61: 1.73, 2.05: 1.34, 7.17: 1.15},
+        "constant": {0.12: 2.18, 0.2: 1.97, 0.41: 1.78, 0.61: 1.72, 0.82: 1.69},
+        "end": {0.61: 1.66, 2.05: 1.26},
     },
 }
 
