@@ -133,6 +133,7 @@ ELSEWHERE = {  # needs a server, several processes or one to kill -> the test th
     "python data/prepare.py shakespeare": "test_a_download_is_verified_before_it_gets_its_name",
     "torchrun --nproc-per-node 8 train.py": "test_two_processes_learn_what_one_learns_and_one_can_go_on",
     "torchrun --nproc-per-node 8 sample.py": "test_two_processes_share_the_prompts",
+    "python tests/bench.py speedrun": "test_two_versions_run_in_turn_and_are_compared_seed_by_seed",
 }
 
 
@@ -194,6 +195,41 @@ def test_every_command_of_the_readme_is_run(copy):
         command = command.replace("python", shlex.quote(sys.executable))
         done = subprocess.run(command, shell=True, **settings)
         assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_ideas_are_chosen_on_the_last_tenth_of_the_training_text(tmp_path):
+    with bench.tiny_data() as name:
+        whole = bench.load_data(bench.DATA / name)
+        bench.copy_data(name, False, tmp_path / "choosing")
+        bench.copy_data(name, True, tmp_path / "claiming")
+        part, same = (bench.load_data(tmp_path / folder) for folder in ("choosing", "claiming"))
+        n = int(0.9 * len(whole.train))
+        assert part.train.tolist() == whole.train[:n].tolist()
+        assert part.val.tolist() == whole.train[n:].tolist()
+        assert same.val.tolist() == whole.val.tolist() and same.fingerprint == whole.fingerprint
+        assert part.fingerprint != whole.fingerprint
+
+
+def test_two_versions_run_in_turn_and_are_compared_seed_by_seed(monkeypatch, tmp_path):
+    asked = []
+
+    def run_version(version, data, budget, seed, options):
+        asked.append((version.name, seed, *budget, *options))
+        return 100, 2 + 0.1 * seed - 0.01 * (seed + 1) * len(options)
+
+    monkeypatch.setattr(bench, "run_version", run_version)
+    (tmp_path / "data").mkdir()
+    with bench.tiny_data() as name:
+        options = ["--data", name, "--steps", 7, "--seeds", 3, "--base", tmp_path, "--options=--compile"]
+        output = run_main(bench.main, "bench.py", "speedrun", *options)
+    base, change = (tmp_path.name, "--steps", 7), (ROOT.name, "--steps", 7, "--compile")
+    assert asked == [(one[0], seed, *one[1:]) for seed in range(3) for one in (base, change)]
+    printed = [line.split() for line in output.splitlines()]
+    assert ["2", "2.2000", "(100)", "2.1700", "(100)", "-0.0300"] in printed
+    assert ["mean", "2.1000", "2.0800", "-0.0200"] in printed
+    assert ["spread", "0.1000", "0.0900", "0.0100"] in printed
+    assert printed[-1][-1] == "-3.5"  # -0.02 / (0.01 / sqrt(3))
+    assert not list((tmp_path / "data").iterdir())
 
 
 def test_every_benchmark_that_is_named_is_offered(monkeypatch):
