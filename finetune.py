@@ -895,7 +895,6 @@ def tune(settings, material, model, out, fixed, state=None):
             columns.append("val_entropy")
     # The passes are forward, backward to the inputs and, if all weights learn, backward to the weights.
     n_passes = 2 if settings.lora_rank else 3
-    flops_per_token = n_passes * model.config.flops_per_token(settings.block_size)
     log, peak = Log(out, columns), peak_rate(settings)
     pace = Pace(settings, step, seconds, last_eval=1)
     saved, lap_tokens, stop = seconds, tokens, False
@@ -925,6 +924,7 @@ def tune(settings, material, model, out, fixed, state=None):
                 tokens_per_step = (tokens - lap_tokens) / (step - pace.lap_step)
                 values.update(step=step, tokens=tokens, lr=lr_scale * settings.lr, grad_norm=norm.item())
                 values["tokens_per_second"] = tokens_per_step / pace.end_lap(step)
+                flops_per_token = n_passes * model.config.flops_per_token(batch[0].size(-1))
                 values["mfu"] = values["tokens_per_second"] * flops_per_token / peak
                 details = shown(values, "train", measures, channels)
                 decided = pace.decide_steps(step)

@@ -235,7 +235,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, lr, weight_decay, dtype):
-    """Muon and AdamW for a model; AdamW learns at 0.3 of Muon's rate, norms without weight decay."""
+    """Muon and AdamW for a model; AdamW at ADAMW_SHARE of its rate, norms without weight decay."""
     # Matrices that read the stream, matrices that add to it, embedding and head, the weights of the norms.
     readers, writers, tables, vectors = [], [], [], []
     for name, p in model.named_parameters():
@@ -408,7 +408,8 @@ def bits_per_byte(model, tokens, bytes_per_token, n_tokens=None):
 # --- is that normal? ---
 
 # {million tokens: bits per byte} of the default data, in batches of 8 x 256: at a constant rate, and
-# at the end of a run of so many in all. From runs of `python tests/bench.py curve --steps ...`, Python 3.11.
+# at the end of a run of so many in all. From runs of `python tests/bench.py curve --steps 300 1000` and, of
+# pico, of three minutes; Python 3.11. Short blocks are counted as they are, so "constant" is a rough figure.
 USUAL = {
     "pico": {
         "constant": {0.12: 2.22, 0.2: 2.02, 0.41: 1.81, 0.61: 1.74, 0.82: 1.71, 1.02: 1.66, 1.26: 1.59},

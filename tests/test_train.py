@@ -564,6 +564,11 @@ def test_all_steps_have_as_many_tokens_and_a_model_knows_the_longest_block_that_
     stage.train(settings, data, Blocks(data.train, 128, 0), tmp_path)
     assert read == 3 * [(8, 64, 4)] + 7 * [(4, 128, 2)]
     assert saved == 3 * [64] + 7 * [128]
+    with open(tmp_path / "log.csv", newline="") as file:
+        flops = [float(row["mfu"]) / float(row["tokens_per_second"]) for row in csv.DictReader(file)]
+    config = Transformer.load(tmp_path).config
+    expected = config.flops_per_token(64) / config.flops_per_token(128)
+    assert flops[0] / flops[-1] == pytest.approx(expected, rel=0.01)
     assert Transformer.load(tmp_path).config.block_size == 128
 
 
