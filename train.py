@@ -61,7 +61,7 @@ class Settings:
     seed: int
     block_size: int  # tokens of a block; see block_length
     batch_size: int  # blocks (examples in finetune.py) per step, over all processes
-    micro_batch: int  # blocks in one forward pass of one process, or more if they are shorter
+    micro_batch: int  # blocks in one forward pass of one process
     lr: float
     dtype: str  # in which matrices are multiplied: "bfloat16" or "float32"
     device: str
@@ -108,8 +108,7 @@ def training_step(objective, optimizers, batch, n_targets, lr_scale, settings):
     """
     _, world = rank_and_world()
     device = next(objective.parameters()).device
-    n_rows = max(1, settings.micro_batch * settings.block_size // batch[0].size(-1))
-    pieces = list(zip(*(tensor.split(n_rows) for tensor in batch)))
+    pieces = list(zip(*(tensor.split(settings.micro_batch) for tensor in batch)))
     measured = []
     for i, piece in enumerate(pieces, 1):
         if device.type == "cuda":
@@ -1085,7 +1084,8 @@ def train(settings, data, blocks, out, state=None):
             length = config.block_size = block_length(pace.done, settings)  # the longest seen so far
             text = short_blocks if length < settings.block_size else blocks
             batch = text.batch(step, n_targets // length, rank, world)
-            losses, norm = training_step(objective, optimizers, batch, n_targets, lr_scale, settings)
+            same_tokens = replace(settings, micro_batch=settings.micro_batch * settings.block_size // length)
+            losses, norm = training_step(objective, optimizers, batch, n_targets, lr_scale, same_tokens)
             loss_sum += losses.sum()
             n_summed += 1
             step += 1

@@ -93,13 +93,6 @@ FULL = (
 )
 
 
-def test_a_micro_batch_has_more_rows_where_they_are_shorter(model):
-    objective, settings = LimitedMemory(model, 4, FULL[0]), make_settings(micro_batch=2)  # blocks of 32
-    ids = torch.randint(320, (8, 16))
-    training_step(objective, [], (ids, ids), ids.numel(), 1.0, settings)
-    assert objective.tried == [4, 4]
-
-
 @pytest.mark.parametrize("error", FULL)
 def test_a_micro_batch_that_does_not_fit_is_halved_aloud(model, error, capsys):
     ids = torch.randint(320, (12, 32))
@@ -556,7 +549,7 @@ def test_all_steps_have_as_many_tokens_and_a_model_knows_the_longest_block_that_
     read, saved = [], []
 
     def step(objective, optimizers, batch, n_targets, lr_scale, settings):
-        read.append(tuple(batch[0].shape))
+        read.append((*batch[0].shape, settings.micro_batch))
         assert {block.dropout.p for block in objective.model.model.layers} == {0.1}
         return training_step(objective, optimizers, batch, n_targets, lr_scale, settings)
 
@@ -569,7 +562,7 @@ def test_all_steps_have_as_many_tokens_and_a_model_knows_the_longest_block_that_
     settings = make_settings(preset="pico", block_size=128, batch_size=4, micro_batch=2, dropout=0.1)
     tmp_path.joinpath("samples.txt").touch()
     stage.train(settings, data, Blocks(data.train, 128, 0), tmp_path)
-    assert read == 3 * [(8, 64)] + 7 * [(4, 128)]
+    assert read == 3 * [(8, 64, 4)] + 7 * [(4, 128, 2)]
     assert saved == 3 * [64] + 7 * [128]
     with open(tmp_path / "log.csv", newline="") as file:
         flops = [float(row["mfu"]) / float(row["tokens_per_second"]) for row in csv.DictReader(file)]
