@@ -1,4 +1,6 @@
-"""What the lessons share: a text, tiny models, a training loop, and tables."""
+"""What the lessons share: a text, tiny models, a training loop, tables and pictures."""
+
+import copy
 
 import torch
 from torch import nn
@@ -66,6 +68,24 @@ def forward(model, inputs, mask=None, positions=None):
     return model.head(model.model.norm(x))
 
 
+@torch.no_grad()
+def weights_of(attention, x, positions=None, mask=None):
+    """The weights (H, T, T) with which an Attention of model.py averages, for x (T, C); T <= head_dim.
+
+    It is given values that are one-hot vectors, of the position: what comes out of each head are its weights.
+    positions (T,): 0, 1, 2 ... if None. mask as in `forward`.
+    """
+    attention, (T, D) = copy.deepcopy(attention), (len(x), attention.head_dim)
+    K, H = (linear.out_features // D for linear in (attention.k_proj, attention.q_proj))
+    values = torch.eye(T, D).repeat(1, K)  # (T, K * D)
+    attention.v_proj.register_forward_hook(lambda module, args, output: values[None])
+    attention.o_proj = nn.Identity()
+    shape = tiny_config(n_embd=H * D, n_head=H, n_kv_head=K)
+    cos, sin = rope(torch.arange(T) if positions is None else positions, shape, x.dtype)
+    y = attention(x[None], cos, sin, mask if mask is None else mask.expand(1, 1, T, T))  # (1, T, H * D)
+    return y[0].view(T, H, D)[..., :T].transpose(0, 1)
+
+
 def causal(T):
     """Which keys a query sees: those up to its own position."""
     return torch.ones(T, T, dtype=torch.bool).tril()
@@ -90,6 +110,31 @@ def table(heads, *rows):
     widths = [max(len(line[column].strip()) for line in lines) for column in range(len(lines[0]))]
     for line in lines:
         print("    " + "   ".join(cell.strip().ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+pictures = []  # what the lesson that runs has drawn; conftest.py empties it before each, index.py makes SVGs
+
+
+def lines(title, xlabel, ylabel, curves, log=""):
+    """Draw curves {name: (xs, ys)}; log: "x", "y" or "xy" for logarithmic axes."""
+    curves = {name: (numbers(xs), numbers(ys)) for name, (xs, ys) in curves.items()}
+    pictures.append(dict(kind="lines", title=title, xlabel=xlabel, ylabel=ylabel, curves=curves, log=log))
+
+
+def bars(title, ylabel, groups):
+    """Draw bars {group: {name: height}}; each group has the same names."""
+    pictures.append(dict(kind="bars", title=title, ylabel=ylabel, groups=groups))
+
+
+def squares(title, matrices):
+    """Draw matrices {name: (rows, columns)} as squares, dark where a value is 1 or True, white where it is 0."""
+    matrices = {name: [numbers(row) for row in matrix] for name, matrix in matrices.items()}
+    pictures.append(dict(kind="squares", title=title, matrices=matrices))
+
+
+def numbers(values):
+    """A tensor or any sequence of numbers as a list of floats."""
+    return [float(value) for value in values]
 
 
 def show(value):

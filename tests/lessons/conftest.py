@@ -1,7 +1,9 @@
 """Lessons are printed as pages of a book, `pytest tests/lessons -s`."""
 
-import inspect
+import io
 import textwrap
+from contextlib import redirect_stdout
+from functools import cache
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ import torch
 from model import Transformer
 
 from . import book, index
+
+lessons = cache(index.lessons)
 
 
 def pytest_sessionstart(session):
@@ -35,16 +39,27 @@ def pytest_report_teststatus(report, config):
 
 @pytest.hookimpl(wrapper=True, trylast=True)  # within what captures the output
 def pytest_runtest_call(item):
-    """Print the question, then what the lesson prints, then what that shows."""
-    question, answer, rest = inspect.getdoc(item.function).split("\n\n")
-    number = [other for other in item.session.items if other.path == item.path].index(item) + 1
+    """With -s: print the question, then what the lesson prints, then what that shows."""
     topic = item.path.stem.removeprefix("test_")
-    print(f"\n\n{topic} {number}. {' '.join(question.split())}\n")
+    lesson = next(lesson for lesson in lessons(topic) if lesson.name == item.name)
+    with_page = item.config.getoption("capture") == "no"
+    if with_page:
+        print(f"\n\n{topic} {lesson.number}. {lesson.question}\n")
     torch.manual_seed(0)
-    result = yield
-    print(f"\n  = {index.claim(item.name)}")
-    for text in (answer, rest.partition("Code: ")[0]):  # and what is often told instead
-        print(textwrap.indent(textwrap.fill(" ".join(text.split()), 100), "    "))
+    book.pictures.clear()
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            result = yield
+    finally:
+        print(printed.getvalue())
+    item.user_properties.append(("page", (printed.getvalue(), list(book.pictures))))
+    if with_page:
+        print(f"  = {index.claim(item.name)}")
+        print(textwrap.indent(textwrap.fill(lesson.answer, 100), "    "))
+        if "Often told" in lesson.fields:
+            told = f"Often told: {lesson.fields['Often told']}"
+            print(textwrap.indent(textwrap.fill(told, 100), "    "))
     return result
 
 

@@ -1,15 +1,58 @@
-"""The list of all lessons, made from their names and docstrings.
+"""Publish the lessons as a book: run them all, then write README.md, README.zh.md and pictures/ beside this file.
 
-python tests/lessons/index.py > tests/lessons/README.md
+python tests/lessons/index.py
+
+A lesson is a test. Its docstring is a page: the question, the answer, then lines that begin with these words:
+
+    Often told: an answer that goes round, and is wrong or half of the truth (may be missing)
+    Code: FILE NAME                      where the thing stands in this project, and with it
+    Break: FILE NAME: `OLD` becomes `NEW`    a change there that makes the lesson fail (mutants.py tries them all)
+    Compare: FILE NAME: WORDS            instead of Code and Break: what stands there in place of the thing
+    Source: where to read on
+    问:  the question in Chinese, and 答: its answer in one or two sentences
 """
 
 import ast
+import contextlib
+import os
 import re
+import sys
+import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-TOPICS = ("attention", "positions", "norms", "activations", "tokenizers", "masks", "decoding", "training")
-TOPICS += ("finetuning", "memory", "architectures", "inspection")
+PICTURES = HERE / "pictures"
+
+# topic -> its name in English and in Chinese; the file is test_TOPIC.py
+TOPICS = {
+    "attention": ("Attention", "注意力"),
+    "positions": ("Positions", "位置编码"),
+    "norms": ("Norms and residual connections", "归一化与残差连接"),
+    "activations": ("Activations and the MLP", "激活函数与前馈网络"),
+    "tokenizers": ("Tokenizers and embeddings", "分词器与词嵌入"),
+    "masks": ("Masks and padding", "掩码与填充"),
+    "decoding": ("Decoding", "解码与采样"),
+    "training": ("Training", "训练"),
+    "finetuning": ("Fine-tuning", "微调与偏好学习"),
+    "memory": ("Memory and speed", "显存与速度"),
+    "architectures": ("Architectures", "模型结构"),
+    "inspection": ("Inspection", "观察模型内部"),
+}
+
+
+@dataclass
+class Sitting:
+    """An hour: a command to begin with, and six lessons to read and to break."""
+
+    title: str
+    words: str
+    command: str
+    names: tuple[str, ...]  # of the lessons, without "test_"
+
+
+SITTINGS = ()
+
 # names as they are written outside of a function's name
 WORDS = (
     "Adam AdaLoRA ALiBi BatchNorm BERT BPE DeepNorm DPO FlashAttention FLOPs GEGLU GELU KV LayerNorm Llama "
@@ -18,7 +61,6 @@ WORDS = (
     " thirty-two"
 )
 
-
 PREFACE = """\
 Letters: B texts at a time, T tokens in each, C channels of a token's vector (the width of the model), H heads
 of width D, K heads of keys and values, L layers, V tokens in the vocabulary; W a matrix of weights, p a
@@ -26,6 +68,82 @@ probability, lr the learning rate; ln is the natural logarithm, a nat its unit. 
 each token on its way through the blocks; scores (logits) are what the softmax makes probabilities of.
 
 "Often told" is an answer that goes round, and is wrong or half of the truth."""
+
+# --- reading the lessons ---
+
+FIELDS = ("Often told", "Code", "Break", "Compare", "Source", "问", "答")
+BREAK = re.compile(r"(\S+) (\S+): `(.+?)` becomes `(.*?)`")
+COMPARE = re.compile(r"(\S+) (\S+): (.+)")
+WIDE = "[\u3000-\u9fff\uff00-\uffef]"  # Chinese characters and their punctuation
+
+
+@dataclass
+class Lesson:
+    """A test and its docstring."""
+
+    topic: str
+    number: int  # within its topic
+    name: str  # of the test
+    body: str  # of the test, without its docstring
+    question: str
+    answer: str
+    fields: dict[str, str]
+
+    @property
+    def change(self):
+        """(file, name in it, old text, new text) of the line Break, or None."""
+        return BREAK.fullmatch(self.fields["Break"]).groups() if "Break" in self.fields else None
+
+
+def join(text):
+    """A paragraph on one line; Chinese has no spaces between its words."""
+    text = " ".join(text.split())
+    return re.sub(rf"(?<={WIDE}) (?={WIDE})", "", text)
+
+
+def read_docstring(docstring):
+    """-> question, answer, fields. ValueError says what is missing."""
+    parts = docstring.split("\n\n")
+    if len(parts) != 3:
+        raise ValueError("a lesson has three paragraphs: question, answer, and lines such as Code and Source")
+    words = "|".join(FIELDS)
+    found = re.split(rf"^({words}): ?", parts[2], flags=re.MULTILINE)
+    fields = {name: join(text) for name, text in zip(found[1::2], found[2::2])}
+    if found[0].strip():
+        raise ValueError(f"does not begin with one of {FIELDS}: {found[0].strip()!r}")
+    if ("Compare" in fields) == ("Code" in fields) or ("Code" in fields) != ("Break" in fields):
+        raise ValueError("a lesson has either Code and Break, or Compare")
+    if "Break" in fields and not BREAK.fullmatch(fields["Break"]):
+        raise ValueError(f"not FILE NAME: `OLD` becomes `NEW`: {fields['Break']}")
+    if "Compare" in fields and not COMPARE.fullmatch(fields["Compare"]):
+        raise ValueError(f"not FILE NAME: WORDS: {fields['Compare']}")
+    missing = {"Source", "问", "答"} - fields.keys()
+    if missing:
+        raise ValueError(f"without {', '.join(sorted(missing))}")
+    return join(parts[0]), join(parts[1]), fields
+
+
+def lessons(topic):
+    """All lessons of a topic, in the order of their file."""
+    path = HERE / f"test_{topic}.py"
+    source = path.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    found = []
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.FunctionDef) or not node.name.startswith("test_"):
+            continue
+        try:
+            question, answer, fields = read_docstring(ast.get_docstring(node))
+        except ValueError as error:
+            raise ValueError(f"{path.name} {node.name}: {error}") from None
+        body = textwrap.dedent("\n".join(lines[node.body[0].end_lineno : node.end_lineno])).strip("\n")
+        found.append(Lesson(topic, len(found) + 1, node.name, body, question, answer, fields))
+    return found
+
+
+def all_lessons():
+    """{name of the test: lesson}, by topic."""
+    return {lesson.name: lesson for topic in TOPICS for lesson in lessons(topic)}
 
 
 def claim(name):
@@ -36,36 +154,166 @@ def claim(name):
     return f"{text[0].upper()}{text[1:]}."
 
 
-def lessons(topic):
-    """(question, name of the test, "FILE NAME" of the code that it is about) of each lesson."""
-    tree = ast.parse((HERE / f"test_{topic}.py").read_text(encoding="utf-8"))
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            question, _, rest = ast.get_docstring(node).split("\n\n")
-            code = re.search(r"^Code: (\S+ \S+)$", rest, re.MULTILINE)[1]
-            yield " ".join(question.split()), node.name, code
+# --- writing the book ---
 
 
-def write():
-    """The text of tests/lessons/README.md."""
-    lines = [
-        "# Questions and answers",
-        "",
-        "Each has a test that runs, prints its numbers, and fails if the claim in its name is false; what it",
-        "says beyond that rests on the source that it names. `pytest tests/lessons -s` prints them all as a",
-        "book, `pytest tests/lessons -s -k NAME` a page of it.",
-        "",
-        PREFACE,
+def link(file, name):
+    return f"[{file} {name}](../../{file})"
+
+
+def exercise(lesson):
+    """The line of a page that sends the reader to the code."""
+    if lesson.change is None:
+        file, name, words = COMPARE.fullmatch(lesson.fields["Compare"]).groups()
+        return f"**Compare** with {link(file, name)}: {words.rstrip('.')}."
+    file, name, old, new = lesson.change
+    change = f"`{old}` becomes `{new}`" if new else f"`{old}` goes"
+    run = f"`pytest tests/lessons -s -k {lesson.name.removeprefix('test_')}`"
+    return f"**Break it.** In {link(file, name)}, {change}. Predict what the table will show, then run {run}."
+
+
+def page(lesson, printed):
+    """A lesson as Markdown. printed: what it prints."""
+    title, _ = TOPICS[lesson.topic]
+    parts = [
+        f'<a id="{lesson.name}"></a>',
+        f"### {title} {lesson.number}. {lesson.question}",
+        f"```text\n{textwrap.dedent(printed).strip()}\n```",
+        f"**{claim(lesson.name)}** {lesson.answer}",
     ]
-    for topic in TOPICS:
-        title = ast.get_docstring(ast.parse((HERE / f"test_{topic}.py").read_text(encoding="utf-8")))
-        lines += ["", f"## {title.removesuffix('.')}", ""]
-        for question, name, code in lessons(topic):
-            file, _ = code.split()
-            links = f"[{code}](../../{file}), [{name}](test_{topic}.py)"
-            lines.append(f"- **{question}** {claim(name)} {links}")
-    return "\n".join(lines) + "\n"
+    if (PICTURES / f"{lesson.name}.svg").exists():
+        parts.insert(3, f"![{claim(lesson.name)}](pictures/{lesson.name}.svg)")
+    if "Often told" in lesson.fields:
+        parts.append(f"*Often told:* {lesson.fields['Often told']}")
+    parts += [
+        f"<details><summary>The code of this lesson</summary>\n\n```python\n{lesson.body}\n```\n\n</details>",
+        exercise(lesson),
+    ]
+    where = f"[{lesson.name}](test_{lesson.topic}.py)"
+    if "Code" in lesson.fields:
+        where += f"; the thing itself: {link(*lesson.fields['Code'].split())}"
+    parts.append(f"Source: {lesson.fields['Source'].rstrip('.')}. This page: {where}.")
+    return "\n\n".join(parts)
+
+
+def write(printed):
+    """The text of README.md. printed: {name of a lesson: what it prints}."""
+    known = all_lessons()
+    n_broken = sum(lesson.change is not None for lesson in known.values())
+    parts = [
+        "# Questions and answers",
+        f"{len(known)} questions about how language models work and why. Each has a test, which prints the numbers shown\n"
+        "here and fails if the sentence in bold is false; what is said beyond that rests on the source that is\n"
+        f"named. {n_broken} of them are about a line of this project and fail when it is broken: predict, break, run,\n"
+        "and mend it with `git checkout FILE`. `python tests/lessons/mutants.py` breaks them all, one by one.\n"
+        "[中文](README.zh.md)",
+        PREFACE,
+        "## Five sittings",
+        "An hour each: run the command, read six pages, and break what they are about. The rest of the book is for\n"
+        "looking up.",
+    ]
+    for number, sitting in enumerate(SITTINGS, 1):
+        names = [f"test_{name}" for name in sitting.names]
+        steps = "\n".join(f"{i}. [{known[name].question}](#{name})" for i, name in enumerate(names, 1))
+        parts += [f"**{number}. {sitting.title}.** {sitting.words}", f"```\n{sitting.command}\n```", steps]
+    topics = ", ".join(f"[{english}](#{topic})" for topic, (english, _) in TOPICS.items())
+    parts.append(f"By topic: {topics}.")
+    for topic, (english, _) in TOPICS.items():
+        parts += [f'<a id="{topic}"></a>', f"## {english}"]
+        parts += [page(lesson, printed[lesson.name]) for lesson in known.values() if lesson.topic == topic]
+    return "\n\n".join(parts) + "\n"
+
+
+CHINESE = """\
+# 一个读得懂的 GPT
+
+五个 Python 脚本，从原始文本到会对话的语言模型，每个阶段一个文件，都能从头读到尾：手写的字节级 BPE 分词器（tokenizer.py）、
+Llama 结构的 Transformer（model.py）、在一块 GPU 或笔记本 CPU 上预训练（train.py）、生成与对话（sample.py）、
+微调（finetune.py）。代码写给学习者看，但不是玩具：词表的训练比 Hugging Face 的 Rust 实现更快；训练随时可以中断，
+续跑的结果与不中断时逐位相同；保存的文件夹可以直接用 transformers 打开。[English](../../README.md)
+
+## 四条命令
+
+克隆本仓库，在它的文件夹里运行（Python 3.10 或更新，不需要 GPU）：
+
+```
+pip install -e . && python train.py
+python sample.py
+python finetune.py
+python sample.py --chat
+```
+
+第一条从 Python 标准库的源代码学出词表，训练三分钟，得到一个一百万到五百万参数的模型，并展示它写的文字；第二条让它继续写；
+第三条再用三分钟教它回答关于 Python 的问题，并统计答对了多少；第四条让你自己提问。
+
+## {n} 个问题
+
+每个问题都是一个可以运行的测试：它打印出数字作为证据，结论不成立时测试就会失败。“实验”链接到完整的英文页面，
+那里有表格、代码和练习：先预测，再改坏一行代码，然后运行。"""
+
+
+def write_chinese():
+    """The text of README.zh.md."""
+    known = all_lessons()
+    parts = [CHINESE.format(n=len(known))]
+    for topic, (_, chinese) in TOPICS.items():
+        lines = []
+        for lesson in lessons(topic):
+            question, answer = lesson.fields["问"], lesson.fields["答"]
+            lines.append(f"- **问：{question}** 答：{answer}[实验](README.md#{lesson.name})")
+        parts += [f"## {chinese}", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+# --- what the lessons print ---
+
+
+def read_printed():
+    """{name of a lesson: what it printed when the book was made}, from README.md."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    pages = re.findall(r'^<a id="(test_\w+)"></a>\n\n### .*\n\n```text\n(.*?)\n```$', text, re.MULTILINE | re.DOTALL)
+    return dict(pages)
+
+
+def without_numbers(printed):
+    """What must be the same on every machine: all but numbers, and texts in quotes, which models write."""
+    text = re.sub(r"'[^'\n]*'|\"[^\"\n]*\"", "''", printed)
+    text = re.sub(r"[-+]?(\d[\d,]*(\.\d+)?(e[-+]?\d+)?|inf|nan)\b", "0", text)
+    return re.sub(r"\s+", " ", re.sub(r"0( 0)+", "0", text)).strip()
+
+
+class Recorder:
+    """A plugin of pytest: what the lessons print and draw."""
+
+    def __init__(self):
+        self.printed, self.pictures = {}, {}
+
+    def pytest_runtest_logreport(self, report):
+        for name, value in report.user_properties:
+            if name == "page":
+                lesson = report.nodeid.rpartition("::")[2]
+                self.printed[lesson], self.pictures[lesson] = value
+
+
+def main():
+    import pytest
+
+    from pictures import draw
+
+    recorder = Recorder()
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        failed = pytest.main(["-s", "-p", "no:cacheprovider", str(HERE)], plugins=[recorder])
+    if failed:
+        sys.exit("a lesson fails: run pytest tests/lessons")
+    PICTURES.mkdir(exist_ok=True)
+    for path in PICTURES.iterdir():
+        path.unlink()
+    for name, pictures in recorder.pictures.items():
+        for picture in pictures:
+            draw(picture, PICTURES / f"{name}.svg")
+    (HERE / "README.md").write_text(write(recorder.printed), encoding="utf-8")
+    (HERE / "README.zh.md").write_text(write_chinese(), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    print(write(), end="")
+    main()

@@ -8,7 +8,6 @@ into the page.
 """
 
 import argparse
-import ast
 import base64
 import inspect
 import json
@@ -283,19 +282,19 @@ PANELS = {
 
 def panel_texts(file, function, topic, part_of_name):
     """The source of a function, and a lesson, for a panel."""
-    (lesson,) = [lesson for lesson in index.lessons(topic) if part_of_name in lesson[1]]
-    question, name, _ = lesson
+    (lesson,) = [lesson for lesson in index.lessons(topic) if part_of_name in lesson.name]
     part = model_file if file == "model.py" else sample
     for word in function.split("."):
         part = getattr(part, word)
-    tree = ast.parse((HERE / f"test_{topic}.py").read_text(encoding="utf-8"))
-    (node,) = [node for node in tree.body if getattr(node, "name", "") == name]
-    _, answer, rest = ast.get_docstring(node).split("\n\n")
-    paragraphs = [index.claim(name), " ".join(answer.split()), rest, f"tests/lessons/test_{topic}.py {name}"]
+    paragraphs = [index.claim(lesson.name), lesson.answer]
+    if "Often told" in lesson.fields:
+        paragraphs.append(f"Often told: {lesson.fields['Often told']}")
+    paragraphs.append(f"Source: {lesson.fields['Source']}")
+    paragraphs.append(f"tests/lessons/test_{topic}.py {lesson.name}")
     return {
         "function": f"{file} {function}",
         "source": textwrap.dedent(inspect.getsource(part)),
-        "question": question,
+        "question": lesson.question,
         "lesson": "\n\n".join(paragraphs),
     }
 
