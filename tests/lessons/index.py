@@ -51,14 +51,80 @@ class Sitting:
     names: tuple[str, ...]  # of the lessons, without "test_"
 
 
-SITTINGS = ()
+SITTINGS = (
+    Sitting(
+        "Text",
+        "How a text becomes numbers: a vocabulary is learned, and a loss can be compared across vocabularies.",
+        "python tokenizer.py train README.md train.py --vocab-size 1024 --out out/tokenizer.json",
+        (
+            "bpe_merges_the_most_frequent_pair_of_neighbours",
+            "merges_stay_within_the_chunks_into_which_a_text_is_cut",
+            "a_byte_level_vocabulary_has_no_unknown_token",
+            "a_larger_vocabulary_shortens_the_text_by_less_and_less",
+            "an_id_is_a_label_and_its_embedding_a_row",
+            "models_with_different_tokenizers_compare_in_bits_per_byte",
+        ),
+    ),
+    Sitting(
+        "The block",
+        "What one layer computes. The command takes the root out of attention and shows that a lesson notices.",
+        "python tests/lessons/mutants.py scaling_by_sqrt_d",
+        (
+            "scaling_by_sqrt_d_keeps_the_variance_of_scores_at_one",
+            "masking_is_minus_infinity_before_the_softmax",
+            "grouped_query_attention_is_multi_head_attention_with_shared_keys_and_values",
+            "rope_scores_depend_only_on_the_offset",
+            "residual_connections_keep_the_gradient_and_the_tokens_apart_at_any_depth",
+            "swiglu_and_geglu_change_the_function_of_the_gate",
+        ),
+    ),
+    Sitting(
+        "Training",
+        "How the weights are learned. The command trains for three minutes: read meanwhile.",
+        "python train.py",
+        (
+            "cross_entropy_is_minus_log_probability_and_starts_at_ln_v",
+            "one_pass_over_a_text_predicts_the_same_as_a_pass_for_each_of_its_beginnings",
+            "the_first_steps_of_adam_ignore_the_size_of_the_gradient",
+            "a_falling_rate_lowers_the_noise_floor",
+            "muon_gives_every_direction_of_a_gradient_the_same_size",
+            "micro_batches_must_be_weighted_by_their_tokens",
+        ),
+    ),
+    Sitting(
+        "Writing",
+        "How scores become text. Open the page that the command writes, and type.",
+        'python tests/lessons/xray.py --model out/pystdlib --prompt "def read(self, path):"',
+        (
+            "greedy_is_the_limit_of_temperature_and_of_top_k",
+            "top_k_keeps_a_fixed_number_and_top_p_adapts",
+            "greedy_decoding_ends_in_a_loop",
+            "beam_search_finds_what_greedy_decoding_misses",
+            "cached_decoding_gives_the_same_scores_for_far_fewer_flops",
+            "running_beyond_the_trained_length_hurts",
+        ),
+    ),
+    Sitting(
+        "Teaching",
+        "How a model that continues text becomes one that answers, and what it forgets.",
+        "python finetune.py && python sample.py --chat",
+        (
+            "sft_learns_the_next_token_of_answers_only",
+            "one_pass_trains_every_turn_of_a_conversation",
+            "fine_tuning_forgets_and_replay_prevents_most_of_it",
+            "lora_starts_as_the_base_model_and_merges_into_a_plain_one",
+            "dpo_starts_at_ln_2_and_learns_most_from_pairs_in_the_wrong_order",
+            "a_reward_that_can_be_gamed_is_gamed",
+        ),
+    ),
+)
 
 # names as they are written outside of a function's name
 WORDS = (
-    "Adam AdaLoRA ALiBi BatchNorm BERT BPE DeepNorm DPO FlashAttention FLOPs GEGLU GELU KV LayerNorm Llama "
-    "LoRA MLP Muon NF4 Phi PPO ReLU RMSNorm RoPE SFT SGD SentencePiece SwiGLU V WordPiece YOCO byte-level "
-    "fine-tuning grouped-query micro-batches multi-head position-wise post-norm pre-norm top-k top-p"
-    " thirty-two"
+    "Adam AdamW AdaLoRA ALiBi BatchNorm BERT BPE-dropout BPE DeepNorm DPO FlashAttention FLOPs GEGLU GELU GPT-1 GPT-2 "
+    "KV LayerNorm Llama LoRA MLP Muon NF4 Phi PPO QLoRA ReLU RMSNorm RoPE SFT SGD SentencePiece SiLU SwiGLU "
+    "Unigram V WordPiece YOCO byte-level fine-tuning grouped-query micro-batches multi-head position-wise "
+    "post-norm pre-norm short-sighted thirty-two top-k top-p"
 )
 
 PREFACE = """\
