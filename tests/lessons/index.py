@@ -121,9 +121,9 @@ SITTINGS = (
 
 # names as they are written outside of a function's name
 WORDS = (
-    "Adam AdamW AdaLoRA ALiBi BatchNorm BERT BPE-dropout BPE DeepNorm DPO FlashAttention FLOPs GEGLU GELU GPT-1 GPT-2 "
-    "KV LayerNorm Llama LoRA MLP Muon NF4 Phi PPO QLoRA ReLU RMSNorm RoPE SFT SGD SentencePiece SiLU SwiGLU "
-    "Unigram V WordPiece YOCO byte-level fine-tuning grouped-query micro-batches multi-head position-wise "
+    "Adafactor Adam AdamW AdaLoRA ALiBi BatchNorm BERT BPE-dropout BPE DeepNorm DPO FlashAttention FLOPs GEGLU "
+    "GELU GPT-1 GPT-2 KV LayerNorm Llama LoRA MLP Muon NF4 NaN Phi PPO QLoRA ReLU RMSNorm RoPE SFT SGD "
+    "SentencePiece SiLU SwiGLU Unigram V WordPiece YOCO byte-level fine-tuning grouped-query micro-batches multi-head position-wise "
     "post-norm pre-norm short-sighted thirty-two top-k top-p"
 )
 
