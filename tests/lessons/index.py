@@ -121,10 +121,11 @@ SITTINGS = (
 
 # names as they are written outside of a function's name
 WORDS = (
-    "Adafactor Adam AdamW AdaLoRA ALiBi BatchNorm BERT BPE-dropout BPE DeepNorm DPO FlashAttention FLOPs GEGLU "
-    "GELU GPT-1 GPT-2 KV LayerNorm Llama LoRA MLP Muon NF4 NaN Phi PPO QLoRA ReLU RMSNorm RoPE SFT SGD "
-    "SentencePiece SiLU SwiGLU Unigram V WordPiece YOCO byte-level fine-tuning grouped-query micro-batches multi-head position-wise "
-    "post-norm pre-norm short-sighted thirty-two top-k top-p"
+    "Adafactor Adam AdamW AdaLoRA ALiBi BatchNorm BERT BPE-dropout BPE DeepNorm DPO FlashAttention FLOPs "
+    "GEGLU GELU GPT-1 GPT-2 KV LayerNorm Llama LoRA MLP Muon NF4 NaN Phi PPO QLoRA Qwen2 ReLU RMSNorm RNN "
+    "RoPE SFT SGD SentencePiece SiLU SwiGLU Transformer Unigram V WordPiece YOCO byte-level "
+    "cross-attention fine-tuning grouped-query micro-batches multi-head position-wise post-norm pre-norm "
+    "short-sighted top-k top-p two-way Gumbel n-grams"
 )
 
 PREFACE = """\
@@ -337,7 +338,9 @@ def write_chinese():
 def read_printed():
     """{name of a lesson: what it printed when the book was made}, from README.md."""
     text = (HERE / "README.md").read_text(encoding="utf-8")
-    pages = re.findall(r'^<a id="(test_\w+)"></a>\n\n### .*\n\n```text\n(.*?)\n```$', text, re.MULTILINE | re.DOTALL)
+    pages = re.findall(
+        r'^<a id="(test_\w+)"></a>\n\n### .*\n\n```text\n(.*?)\n```$', text, re.MULTILINE | re.DOTALL
+    )
     return dict(pages)
 
 
