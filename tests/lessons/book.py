@@ -127,7 +127,7 @@ def bars(title, ylabel, groups):
 
 
 def squares(title, matrices):
-    """Draw matrices {name: (rows, columns)} as squares, dark where a value is 1 or True, white where it is 0."""
+    """Draw matrices {name: (rows, columns)} as squares, dark where a value is 1, white where it is 0."""
     matrices = {name: [numbers(row) for row in matrix] for name, matrix in matrices.items()}
     pictures.append(dict(kind="squares", title=title, matrices=matrices))
 

@@ -74,8 +74,8 @@ def one_thread():
 
 @pytest.fixture(scope="package")
 def reader_of_the_speech(one_thread):
-    """A model that read the speech, a character at a time, 120 batches long: it knows hardly more than which
-    letter follows which.
+    """A model that read the speech, a character at a time, 120 batches long: it knows which letters follow
+    each other, and some of the words. Another processor makes another model of the same kind.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -1,13 +1,13 @@
-"""Publish the lessons as a book: run them all, then write README.md, README.zh.md and pictures/ beside this file.
+"""Publish the lessons as a book: run them all, then write README.md, README.zh.md and pictures/ beside it.
 
 python tests/lessons/index.py
 
 A lesson is a test. Its docstring is a page: the question, the answer, then lines that begin with these words:
 
     Often told: an answer that goes round, and is wrong or half of the truth (may be missing)
-    Code: FILE NAME                      where the thing stands in this project, and with it
-    Break: FILE NAME: `OLD` becomes `NEW`    a change there that makes the lesson fail (mutants.py tries them all)
-    Compare: FILE NAME: WORDS            instead of Code and Break: what stands there in place of the thing
+    Code: FILE NAME                        where the thing stands in this project, and with it
+    Break: FILE NAME: `OLD` becomes `NEW`  a change that makes the lesson fail (mutants.py tries them all)
+    Compare: FILE NAME: WORDS              instead of both: what stands there in place of the thing
     Source: where to read on
     问:  the question in Chinese, and 答: its answer in one or two sentences
 """
@@ -54,7 +54,7 @@ class Sitting:
 SITTINGS = (
     Sitting(
         "Text",
-        "How a text becomes numbers: a vocabulary is learned, and a loss can be compared across vocabularies.",
+        "How a text becomes numbers, and how losses compare if the numbers are others.",
         "python tokenizer.py train README.md train.py --vocab-size 1024 --out out/tokenizer.json",
         (
             "bpe_merges_the_most_frequent_pair_of_neighbours",
@@ -67,7 +67,7 @@ SITTINGS = (
     ),
     Sitting(
         "The block",
-        "What one layer computes. The command takes the root out of attention and shows that a lesson notices.",
+        "What one layer computes. The command takes 1/sqrt(D) out of attention: the lesson notices.",
         "python tests/lessons/mutants.py scaling_by_sqrt_d",
         (
             "scaling_by_sqrt_d_keeps_the_variance_of_scores_at_one",
@@ -87,7 +87,7 @@ SITTINGS = (
             "one_pass_over_a_text_predicts_the_same_as_a_pass_for_each_of_its_beginnings",
             "the_first_steps_of_adam_ignore_the_size_of_the_gradient",
             "a_falling_rate_lowers_the_noise_floor",
-            "muon_gives_every_direction_of_a_gradient_the_same_size",
+            "muon_gives_every_direction_of_a_gradient_nearly_the_same_size",
             "micro_batches_must_be_weighted_by_their_tokens",
         ),
     ),
@@ -122,7 +122,7 @@ SITTINGS = (
 # names as they are written outside of a function's name
 WORDS = (
     "Adafactor Adam AdamW AdaLoRA ALiBi BatchNorm BERT BPE-dropout BPE DeepNorm DPO FlashAttention FLOPs "
-    "GEGLU GELU GPT-1 GPT-2 KV LayerNorm Llama LoRA MLP Muon NF4 NaN Phi PPO QLoRA Qwen2 ReLU RMSNorm RNN "
+    "GEGLU GELU GPT-1 GPT-2 KV L2 LayerNorm Llama LoRA MLP Muon NF4 NaN Phi PPO QLoRA Qwen2 ReLU RMSNorm RNN "
     "RoPE SFT SGD SentencePiece SiLU SwiGLU Transformer Unigram V WordPiece YOCO byte-level "
     "cross-attention fine-tuning grouped-query micro-batches multi-head position-wise post-norm pre-norm "
     "short-sighted top-k top-p two-way Gumbel n-grams"
@@ -269,15 +269,19 @@ def write(printed):
     n_broken = sum(lesson.change is not None for lesson in known.values())
     parts = [
         "# Questions and answers",
-        f"{len(known)} questions about how language models work and why. Each has a test, which prints the numbers shown\n"
-        "here and fails if the sentence in bold is false; what is said beyond that rests on the source that is\n"
-        f"named. {n_broken} of them are about a line of this project and fail when it is broken: predict, break, run,\n"
-        "and mend it with `git checkout FILE`. `python tests/lessons/mutants.py` breaks them all, one by one.\n"
-        "[中文](README.zh.md)",
+        join(
+            f"""{len(known)} questions about how language models work and why. Each has a test, which prints
+            the numbers shown here and fails if the sentence in bold is false; what is said beyond that rests
+            on the source that is named. {n_broken} are about a line of this project and fail when it is
+            broken: predict, break, run, and mend it with `git checkout FILE`. The command
+            `python tests/lessons/mutants.py` breaks them all, one by one, in copies. [中文](README.zh.md)"""
+        ),
         PREFACE,
         "## Five sittings",
-        "An hour each: run the command, read six pages, and break what they are about. The rest of the book is for\n"
-        "looking up.",
+        join(
+            """An hour each: run the command, read six pages, and break what they are about. The rest of the
+            book is for looking up."""
+        ),
     ]
     for number, sitting in enumerate(SITTINGS, 1):
         names = [f"test_{name}" for name in sitting.names]
@@ -291,44 +295,48 @@ def write(printed):
     return "\n\n".join(parts) + "\n"
 
 
-CHINESE = """\
-# 一个读得懂的 GPT
-
-五个 Python 脚本，从原始文本到会对话的语言模型，每个阶段一个文件，都能从头读到尾：手写的字节级 BPE 分词器（tokenizer.py）、
-Llama 结构的 Transformer（model.py）、在一块 GPU 或笔记本 CPU 上预训练（train.py）、生成与对话（sample.py）、
-微调（finetune.py）。代码写给学习者看，但不是玩具：词表的训练比 Hugging Face 的 Rust 实现更快；训练随时可以中断，
-续跑的结果与不中断时逐位相同；保存的文件夹可以直接用 transformers 打开。[English](../../README.md)
-
-## 四条命令
-
-克隆本仓库，在它的文件夹里运行（Python 3.10 或更新，不需要 GPU）：
-
+WHAT_IT_IS = """
+五个 Python 脚本，从原始文本到会对话的语言模型，每个阶段一个文件，都能从头读到尾：手写的字节级 BPE 分词器
+（tokenizer.py）、Llama 结构的 Transformer（model.py）、在一块 GPU 或笔记本 CPU 上预训练（train.py）、生成与对
+话（sample.py）、微调（finetune.py）。代码写给学习者看，但不是玩具：词表的训练比 Hugging Face 的 Rust 实现更
+快；训练随时可以中断，续跑的结果与不中断时逐位相同；保存的文件夹可以直接用 transformers 打开。
+[English](../../README.md)
+"""
+COMMANDS = """\
 ```
 pip install -e . && python train.py
 python sample.py
 python finetune.py
 python sample.py --chat
-```
-
-第一条从 Python 标准库的源代码学出词表，训练三分钟，得到一个一百万到五百万参数的模型，并展示它写的文字；第二条让它继续写；
-第三条再用三分钟教它回答关于 Python 的问题，并统计答对了多少；第四条让你自己提问。
-
-## {n} 个问题
-
-每个问题都是一个可以运行的测试：它打印出数字作为证据，结论不成立时测试就会失败。“实验”链接到完整的英文页面，
-那里有表格、代码和练习：先预测，再改坏一行代码，然后运行。"""
+```"""
+WHAT_THEY_DO = """
+第一条从 Python 标准库的源代码学出词表，训练三分钟，得到一个一百万到五百万参数的模型，并展示它写的文字；第二条
+让它继续写；第三条再用三分钟教它回答关于 Python 的问题，并统计答对了多少；第四条让你自己提问。
+"""
+HOW_TO_READ = """
+每个问题都是一个可以运行的测试：它打印出数字作为证据，结论不成立时测试就会失败。“实验”链接到完整的英文页面，那
+里有表格、代码和练习：先预测，再改坏一行代码，然后运行。
+"""
 
 
 def write_chinese():
     """The text of README.zh.md."""
-    known = all_lessons()
-    parts = [CHINESE.format(n=len(known))]
+    parts = [
+        "# 一个读得懂的 GPT",
+        join(WHAT_IT_IS),
+        "## 四条命令",
+        "克隆本仓库，在它的文件夹里运行（Python 3.10 或更新，不需要 GPU）：",
+        COMMANDS,
+        join(WHAT_THEY_DO),
+        f"## {len(all_lessons())} 个问题",
+        join(HOW_TO_READ),
+    ]
     for topic, (_, chinese) in TOPICS.items():
         lines = []
         for lesson in lessons(topic):
             question, answer = lesson.fields["问"], lesson.fields["答"]
             lines.append(f"- **问：{question}** 答：{answer}[实验](README.md#{lesson.name})")
-        parts += [f"## {chinese}", "\n".join(lines)]
+        parts += [f"### {chinese}", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -338,10 +346,8 @@ def write_chinese():
 def read_printed():
     """{name of a lesson: what it printed when the book was made}, from README.md."""
     text = (HERE / "README.md").read_text(encoding="utf-8")
-    pages = re.findall(
-        r'^<a id="(test_\w+)"></a>\n\n### .*\n\n```text\n(.*?)\n```$', text, re.MULTILINE | re.DOTALL
-    )
-    return dict(pages)
+    page = r'^<a id="(test_\w+)"></a>\n\n### [^\n]*\n\n```text\n(.*?)\n```$'
+    return dict(re.findall(page, text, re.MULTILINE | re.DOTALL))
 
 
 def without_numbers(printed):
@@ -355,9 +361,11 @@ class Recorder:
     """A plugin of pytest: what the lessons print and draw."""
 
     def __init__(self):
-        self.printed, self.pictures = {}, {}
+        self.printed, self.pictures, self.failed = {}, {}, []
 
     def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.failed.append(report.nodeid)
         for name, value in report.user_properties:
             if name == "page":
                 lesson = report.nodeid.rpartition("::")[2]
@@ -366,14 +374,13 @@ class Recorder:
 
 def main():
     import pytest
-
     from pictures import draw
 
     recorder = Recorder()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        failed = pytest.main(["-s", "-p", "no:cacheprovider", str(HERE)], plugins=[recorder])
-    if failed:
-        sys.exit("a lesson fails: run pytest tests/lessons")
+        status = pytest.main(["-s", "-p", "no:cacheprovider", str(HERE)], plugins=[recorder])
+    if status:
+        sys.exit(f"nothing is written, since lessons fail: {' '.join(recorder.failed) or status!r}")
     PICTURES.mkdir(exist_ok=True)
     for path in PICTURES.iterdir():
         path.unlink()

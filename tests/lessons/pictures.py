@@ -38,6 +38,7 @@ def draw_lines(picture):
         axes.set_xscale("log")
     if "y" in picture["log"]:
         axes.set_yscale("log")
+    axes.tick_params(which="minor", labelleft=False, labelbottom=False)  # they would overlap
     axes.set_xlabel(picture["xlabel"])
     axes.set_ylabel(picture["ylabel"])
     return finish(figure, axes, len(picture["curves"]) > 1)
