@@ -797,7 +797,7 @@ def test_the_embedding_may_share_its_matrix_with_the_head_and_layers_share_nothi
         ("parameters of a block", n_block),
         ("of two blocks, embedding, head", n_apart),
         ("... if the last two are tied", n_tied),
-        ("largest error of the tied gradient as the sum of both", error),
+        ("the tied gradient differs from the sum of both by", error),
     )
     assert n_apart - n_tied == 500 * 64
     assert n_tied == 2 * n_block + 500 * 64 + 64  # 64 of the last norm
