@@ -12,6 +12,7 @@ python tests/bench.py resume                    20 runs, killed at random moment
 python tests/bench.py exit                      two processes, 20 times: do they end cleanly?
 python tests/bench.py ladder                    from a GPT-2 to train.py, idea by idea, in equal time
 python tests/bench.py speedrun --base DIR       does this folder learn more than another version of it?
+python tests/bench.py peft --model DIR          ways of fine-tuning: what they learn and forget
 python tests/bench.py xray                      the forward pass in a page of tests/lessons/xray.py, with node
 python tests/bench.py gpu                       what needs a GPU
 """
@@ -50,8 +51,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from lessons import xray  # noqa: E402
 
+import finetune  # noqa: E402
 import train  # noqa: E402
-from data.loader import Blocks, find_data, load_data  # noqa: E402
+from data.loader import IGNORED, Blocks, find_data, load_data  # noqa: E402
 from data.prepare import DATA, prepare  # noqa: E402
 from model import PRESETS, Config, Transformer, config_from_json, fast_dtype, matmul_rate  # noqa: E402
 from sample import generate, pack  # noqa: E402
@@ -1324,6 +1326,184 @@ eval(part("engine").replace('"use strict";', "") + `
 """
 
 
+# --- ways of fine-tuning ---
+
+N_VIRTUAL = 16  # tokens that stand before every text in prompt and prefix tuning
+RANK = 8  # of LoRA
+BOTTLENECK = 16  # channels in an adapter
+# 16 levels at quantiles of the normal distribution (Dettmers et al., 2023, appendix E)
+NF4 = [-1, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0]
+NF4 += [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1]
+
+
+def quantize_to_nf4(weight, size=64):
+    """A matrix with each weight at the nearest of 16 levels, and one scale for each `size` of them."""
+    groups = weight.view(-1, size)
+    scale = groups.abs().amax(1, keepdim=True)
+    nearest = ((groups / scale)[..., None] - torch.tensor(NF4)).abs().argmin(-1)
+    return (torch.tensor(NF4)[nearest] * scale).view_as(weight)
+
+
+class VirtualTokens(nn.Module):
+    """A frozen embedding with further rows that learn, for ids that no text has (Lester et al., 2021)."""
+
+    def __init__(self, embedding, n):
+        super().__init__()
+        self.weight = embedding.weight  # the head's, too
+        self.virtual = nn.Parameter(self.weight[torch.randperm(1000)[:n]].clone())
+        self.present = False  # whether the ids that were read last begin with them
+
+    def forward(self, ids):
+        self.present = ids[0, 0].item() >= len(self.weight)
+        return F.embedding(ids, torch.cat((self.weight, self.virtual)))
+
+
+class WithPrefix(nn.Module):
+    """A frozen k_proj or v_proj; for the virtual tokens it gives what is learned (Li & Liang, 2021)."""
+
+    def __init__(self, linear, tokens, start):
+        super().__init__()
+        self.weight, self.tokens = linear.weight, [tokens]  # in a list, so as not to be a submodule
+        self.prefix = nn.Parameter(linear(start).detach())  # (n, K * D)
+
+    def forward(self, x):
+        y = F.linear(x, self.weight)
+        if not self.tokens[0].present:
+            return y
+        prefix = self.prefix.to(y.dtype).expand(len(y), -1, -1)
+        return torch.cat((prefix, y[:, N_VIRTUAL:]), 1)
+
+
+class WithAdapter(nn.Module):
+    """A sublayer, frozen, and behind it y + up(gelu(down(y))) (Houlsby et al., 2019)."""
+
+    def __init__(self, sublayer, C):
+        super().__init__()
+        self.sublayer = sublayer
+        self.down, self.up = nn.Linear(C, BOTTLENECK), nn.Linear(BOTTLENECK, C)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, *inputs):
+        y = self.sublayer(*inputs)
+        return y + self.up(F.gelu(self.down(y)))
+
+
+def with_lora(model):
+    finetune.add_lora(model, RANK, 2.0 * RANK)
+
+
+def with_lora_on_4_bits(model):
+    for name, p in model.named_parameters():
+        if "proj" in name:
+            p.data = quantize_to_nf4(p.data)
+    finetune.add_lora(model, RANK, 2.0 * RANK)
+
+
+def with_prompt(model):
+    model.requires_grad_(False)
+    model.model.embed_tokens = VirtualTokens(model.model.embed_tokens, N_VIRTUAL)
+
+
+def with_prefix(model):
+    with_prompt(model)
+    tokens = model.model.embed_tokens
+    tokens.virtual.requires_grad_(False)
+    x = tokens.virtual.detach()
+    for block in model.model.layers:  # it starts as what the block makes of the embeddings of real tokens
+        for name in ("k_proj", "v_proj"):
+            linear = getattr(block.self_attn, name)
+            setattr(block.self_attn, name, WithPrefix(linear, tokens, block.input_layernorm(x)))
+
+
+def with_adapters(model):
+    model.requires_grad_(False)
+    for block in model.model.layers:
+        block.self_attn = WithAdapter(block.self_attn, model.config.n_embd)
+        block.mlp = WithAdapter(block.mlp, model.config.n_embd)
+
+
+WAYS = {  # (what makes a model ready for it, its learning rate / that of all weights)
+    "all weights": (lambda model: None, 1),
+    "LoRA": (with_lora, 3),
+    "LoRA on 4 bits": (with_lora_on_4_bits, 3),
+    "adapters": (with_adapters, 3),
+    "prefix": (with_prefix, 10),
+    "prompt": (with_prompt, 30),
+}
+
+
+def tune_by(way, base, steps):
+    """Teach a base model the small tasks in one way, without replay, and print what became of it."""
+    change, factor = WAYS[way]
+    with redirect_stdout(io.StringIO()):
+        settings, material = open_tasks(base, steps)
+        model = finetune.open_base(base, "cpu", 0, "sft")
+    before = finetune.base_bpb(model, material, settings)
+    torch.manual_seed(0)
+    change(model)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    n = sum(p.numel() for p in learning)
+    lr = factor * settings.lr
+    optimizer = torch.optim.AdamW(learning, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer.param_groups[0]["initial_lr"] = lr
+    objective = train.NextTokenLoss(model)
+    virtual = []
+    if isinstance(model.model.embed_tokens, VirtualTokens):
+        virtual = [model.config.vocab_size + i for i in range(N_VIRTUAL)]
+    started = time.perf_counter()
+    for step in range(steps):
+        ids, targets, _ = finetune.read_batch(step, material.train, None, settings)
+        if virtual:
+            ids = torch.cat((torch.tensor(virtual).expand(len(ids), -1), ids), 1)
+            targets = torch.cat((torch.full((len(ids), N_VIRTUAL), IGNORED), targets), 1)
+        lr_scale = train.learning_rate(step, 0, settings)
+        n_targets = (targets != IGNORED).sum().item()
+        train.training_step(objective, [optimizer], (ids, targets), n_targets, lr_scale, settings)
+    seconds = time.perf_counter() - started
+    plain = finetune.question_ids
+    try:
+        finetune.question_ids = lambda tokenizer, example: virtual + plain(tokenizer, example)
+        answers = finetune.answer(model, material.tokenizer, material.test)
+    finally:
+        finetune.question_ids = plain
+    right = finetune.macro(finetune.exact_match(material.test, answers))
+    rise = finetune.base_bpb(model, material, settings) - before
+    memory = f"{training_bytes(model, way) / 1e6:5.1f} MB"
+    print(f"{way:14}  {n:>9,}  {memory}  {right:.3f}  {rise:+.3f}  {seconds:4.0f} s", flush=True)
+
+
+def training_bytes(model, way):
+    """Of weights, gradients and moments, in float32; a weight in 4 bits has a 64th of a 32-bit scale, too."""
+    total = 0
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            total += 16 * p.numel()
+        elif way == "LoRA on 4 bits" and "proj" in name:
+            total += 4.5 / 8 * p.numel()
+        else:
+            total += 4 * p.numel()
+    return total
+
+
+def open_tasks(base, steps):
+    """The settings of finetune.py for the small tasks without replay, and what it reads."""
+    typed, sys.argv = sys.argv, ["finetune.py", "--model", str(base), "--steps", str(steps), "--replay", "0"]
+    try:
+        args = finetune.parse_arguments()
+    finally:
+        sys.argv = typed
+    finetune.tasks.find_tasks()
+    settings = finetune.choose_settings(args, base, Transformer.load(base).config, "cpu")
+    return settings, finetune.read_material(settings)
+
+
+def bench_peft(args):
+    print("way                learns    memory  macro  forgets   time")
+    for way in args.ways:
+        tune_by(way, args.model, args.steps)
+
+
 def bench_xray(args):
     """A page's size and, in node, milliseconds of its forward pass, beside PyTorch with one thread."""
     torch.set_num_threads(1)
@@ -1419,6 +1599,11 @@ def parse_arguments():
     add("--steps", type=int, help="instead of minutes")
     add("--seeds", type=int, default=3, help="runs of each (3)")
     add("--hold-out", action="store_true", help="measure on it, not on the last tenth of the training text")
+
+    add = offer("peft", bench_peft, "ways of fine-tuning")
+    add("--model", metavar="DIR", default=ROOT / "out/pystdlib", help="the base model (out/pystdlib)")
+    add("--steps", type=int, default=600, help="of each (600)")
+    add("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="(all)")
 
     add = offer("xray", bench_xray, "the forward pass in an x-ray page")
     add("--presets", nargs="+", default=["pico", "nano", "micro"], choices=PRESETS, help="(pico nano micro)")

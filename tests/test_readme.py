@@ -14,8 +14,8 @@ import pytest
 from conftest import ROOT, WORDS, run_main
 from lessons import index
 
-PAGES = ("README.md", "tests/README.md", "tests/lessons/README.md")
-README, MEASURED = ((ROOT / page).read_text(encoding="utf-8") for page in PAGES[:2])
+PAGES = ("README.md", "tests/README.md", "tests/lessons/README.md", "tests/lessons/README.zh.md")
+README, MEASURED, BOOK, CHINESE = ((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 
 
 @cache
@@ -31,6 +31,15 @@ def names_in(path):
     return found
 
 
+@cache
+def anchors_of(path):
+    """What a link into a page may name: its headings and its <a id="...">."""
+    text = path.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    names = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return names | set(re.findall(r'<a id="(\w+)">', text))
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files_and_functions(page):
     links = re.findall(r"\[([^\]]+)\]\(([^)\s]+)\)", (ROOT / page).read_text(encoding="utf-8"))
@@ -38,25 +47,26 @@ def test_links_lead_to_files_and_functions(page):
     for text, target in links:
         if target.startswith("https://"):
             continue
-        path = (ROOT / page).parent / target
+        file, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
         assert path.exists(), f"{text} -> {target}"
+        if anchor:
+            assert anchor in anchors_of(path), f"{text} -> {target}"
+            continue
         *file, name = text.strip("`").split(" ")
         if path.suffix == ".py" and re.fullmatch(r"[A-Za-z_][\w.]*", name) and not name.endswith(".py"):
             assert name in names_in(path), f"{target} has no {name}"
             assert not file or path.as_posix().endswith(file[0])
             named += 1
-    assert named or page == "tests/README.md"
+    assert named or page in ("tests/README.md", "tests/lessons/README.zh.md")
 
 
-def test_every_lesson_is_listed_and_the_front_page_has_twenty():
-    listed = (ROOT / "tests/lessons/README.md").read_text(encoding="utf-8")
-    assert listed == index.write(), "python tests/lessons/index.py > tests/lessons/README.md"
-    lessons = [lesson for topic in index.TOPICS for lesson in index.lessons(topic)]
-    assert {f"test_{topic}.py" for topic in index.TOPICS} == {p.name for p in index.HERE.glob("test_*.py")}
-    assert all(listed.count(f"[{name}]") == 1 for _, name, _ in lessons)
-    assert f"[{len(lessons)} questions]" in README
+def test_the_front_page_has_twenty_questions_of_the_book():
+    n = len(index.all_lessons())
+    assert README.startswith("[中文](tests/lessons/README.zh.md)")
+    assert f"[{n} questions]" in README and f"has all {n}" in README
     questions = README[README.index("## Questions and answers") : README.index("## Use it for real")]
-    assert questions.count("\n- **") == 20
+    assert questions.count("\n- **") == questions.count("tests/lessons/README.md#test_") == 20
 
 
 STAGES = ["tokenizer.py", "model.py", "train.py", "sample.py", "finetune.py"]
@@ -133,6 +143,8 @@ ELSEWHERE = {  # needs a server, several processes or one to kill -> the test th
     "python data/prepare.py shakespeare": "test_a_download_is_verified_before_it_gets_its_name",
     "torchrun --nproc-per-node 8 train.py": "test_two_processes_learn_what_one_learns_and_one_can_go_on",
     "torchrun --nproc-per-node 8 sample.py": "test_two_processes_share_the_prompts",
+    "python tests/lessons/index.py": "test_the_book_is_what_the_lessons_say",
+    "python tests/lessons/mutants.py": "test_lessons_fail_when_what_they_teach_is_broken",
     "python tests/bench.py speedrun": "test_two_versions_run_in_turn_and_are_compared_seed_by_seed",
 }
 
@@ -172,7 +184,7 @@ def test_every_command_of_the_readme_is_run(copy):
     gate = re.sub(r" -q| --minutes 0.1| --steps 20| --max-new-tokens 64", "", (ROOT / ".ci/run").read_text())
     suite = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py"))
     scripts = ["data/prepare.py text.txt --name mine", "train.py --data mine --steps 2 --out out/pystdlib"]
-    for command in commands(README) + commands(MEASURED):
+    for command in dict.fromkeys(commands(README) + commands(MEASURED) + commands(BOOK) + commands(CHINESE)):
         tests = [name for start, name in ELSEWHERE.items() if command.startswith(start)]
         if tests:
             assert f"def {tests[0]}(" in suite

@@ -12,7 +12,7 @@ from model import Transformer
 
 from . import book, index
 
-lessons = cache(index.lessons)
+lessons, printed_in_the_book = cache(index.lessons), cache(index.read_printed)
 
 
 def pytest_sessionstart(session):
@@ -39,7 +39,10 @@ def pytest_report_teststatus(report, config):
 
 @pytest.hookimpl(wrapper=True, trylast=True)  # within what captures the output
 def pytest_runtest_call(item):
-    """With -s: print the question, then what the lesson prints, then what that shows."""
+    """With -s: print the question, then what the lesson prints, then what that shows.
+
+    Without -s: compare what it prints with its page in the book, but for the numbers.
+    """
     topic = item.path.stem.removeprefix("test_")
     lesson = next(lesson for lesson in lessons(topic) if lesson.name == item.name)
     with_page = item.config.getoption("capture") == "no"
@@ -54,7 +57,10 @@ def pytest_runtest_call(item):
     finally:
         print(printed.getvalue())
     item.user_properties.append(("page", (printed.getvalue(), list(book.pictures))))
-    if with_page:
+    if not with_page:
+        shown = index.without_numbers(printed_in_the_book().get(item.name, ""))
+        assert index.without_numbers(printed.getvalue()) == shown, "run python tests/lessons/index.py"
+    else:
         print(f"  = {index.claim(item.name)}")
         print(textwrap.indent(textwrap.fill(lesson.answer, 100), "    "))
         if "Often told" in lesson.fields:

@@ -141,7 +141,8 @@ each token on its way through the blocks; scores (logits) are what the softmax m
 FIELDS = ("Often told", "Code", "Break", "Compare", "Source", "问", "答")
 BREAK = re.compile(r"(\S+) (\S+): `(.+?)` becomes `(.*?)`")
 COMPARE = re.compile(r"(\S+) (\S+): (.+)")
-WIDE = "[\u3000-\u9fff\uff00-\uffef]"  # Chinese characters and their punctuation
+MARKS = "[\u3000-\u303f\uff00-\uffef]"  # Chinese punctuation
+WIDE = "[\u3000-\u9fff\uff00-\uffef]"  # and characters
 
 
 @dataclass
@@ -163,9 +164,10 @@ class Lesson:
 
 
 def join(text):
-    """A paragraph on one line; Chinese has no spaces between its words."""
+    """A paragraph on one line; Chinese has no spaces between its words, nor beside its punctuation."""
     text = " ".join(text.split())
-    return re.sub(rf"(?<={WIDE}) (?={WIDE})", "", text)
+    text = re.sub(rf"(?<={WIDE}) (?={WIDE})", "", text)
+    return re.sub(rf"(?<={MARKS}) | (?={MARKS})", "", text)
 
 
 def read_docstring(docstring):
