@@ -671,6 +671,7 @@ def main():
         show(Tokenizer.load(args.file), args.text)
         return
     texts = read_texts(args.paths)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # an error now, and not after the learning
     tokenizer = Tokenizer.train(texts, args.vocab_size, args.pattern, processes=os.cpu_count(), log=print)
     tokenizer.save(args.out)
     print(f"{args.out}: {tokenizer.vocab_size:,} tokens")

@@ -770,7 +770,7 @@ def run(*args, **settings):
 def test_the_command_line_learns_and_shows(tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("the cat and the hat, the then\r\n" * 3, encoding="utf-8")
-    out = tmp_path / "tokenizer.json"
+    out = tmp_path / "new" / "tokenizer.json"
     result = run("train", tmp_path / "a.txt", tmp_path / "b.txt", "--vocab-size", "270", "--out", out)
     assert result.returncode == 0, result.stderr
     result = run("show", out, "the hat\n")

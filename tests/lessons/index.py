@@ -55,7 +55,7 @@ SITTINGS = (
     Sitting(
         "Text",
         "How a text becomes numbers, and how losses compare if the numbers are others.",
-        "python tokenizer.py train README.md train.py --vocab-size 1024 --out out/tokenizer.json",
+        "python tokenizer.py train model.py train.py --vocab-size 1024 --out out/tokenizer.json",
         (
             "bpe_merges_the_most_frequent_pair_of_neighbours",
             "merges_stay_within_the_chunks_into_which_a_text_is_cut",
@@ -255,13 +255,13 @@ def page(lesson, printed):
     if "Often told" in lesson.fields:
         parts.append(f"*Often told:* {lesson.fields['Often told']}")
     parts += [
-        f"<details><summary>The code of this lesson</summary>\n\n```python\n{lesson.body}\n```\n\n</details>",
+        f"<details><summary>The code</summary>\n\n```python\n{lesson.body}\n```\n\n</details>",
         exercise(lesson),
     ]
-    where = f"[{lesson.name}](test_{lesson.topic}.py)"
-    if "Code" in lesson.fields:
-        where += f"; the thing itself: {link(*lesson.fields['Code'].split())}"
-    parts.append(f"Source: {lesson.fields['Source'].rstrip('.')}. This page: {where}.")
+    source = f"Source: {lesson.fields['Source'].rstrip('.')}."
+    if lesson.change and lesson.fields["Code"] != " ".join(lesson.change[:2]):
+        source += f" See {link(*lesson.fields['Code'].split())}."
+    parts.append(f"{source} This page is [{lesson.name}](test_{lesson.topic}.py).")
     return "\n\n".join(parts)
 
 

@@ -225,11 +225,12 @@ def test_top_k_keeps_a_fixed_number_and_top_p_adapts(reader_of_the_speech):
     p = logits.softmax(-1)
     kept_k, kept_p = keep_top_k(logits, 10).isfinite(), keep_top_p(logits, 0.9).isfinite()
     entropy = -torch.special.xlogy(p, p).sum(-1)
-    rows, groups = [], {}
+    rows, groups = [], {f"{i}": {} for i in range(1, 13)}
     for name, n in (("sure", entropy.argmin()), ("not sure", entropy.argmax())):
         context, likeliest = repr(to_text(contexts[n])), p[n].topk(12).values.tolist()
         rows.append((name, context, likeliest[0], kept_k[n].sum(), kept_p[n].sum()))
-        groups[f"{name}, after {context}"] = {f"{i}": height for i, height in enumerate(likeliest, 1)}
+        for rank, height in zip(groups.values(), likeliest):
+            rank[f"{name}, after {context}"] = height
     table("the model is | after | p of its guess | kept by top-k 10 | by top-p 0.9", *rows)
     bars("The probabilities of the 12 likeliest characters", "probability", groups)
     assert (kept_k.sum(-1) == 10).all()
@@ -649,7 +650,9 @@ def test_constrained_beams_rank_the_allowed_texts_only(reader_of_the_speech):
     for width in (1, 4, len(words)):
         texts, log_p = zip(*(beam(model, ids, 6, width, allowed) for ids in prompts))
         n_best = sum(torch.equal(found[0], ranking[0]) for found, ranking in zip(texts, rankings))
-        rows.append((width, n_best, sum(found[0] for found in log_p) / len(prompts), to_text(texts[0][0])))
+        rows.append(
+            (width, n_best, sum(found[0] for found in log_p) / len(prompts), repr(to_text(texts[0][0])))
+        )
     heads = f"beams | best of {len(words)} words found, of {len(prompts)} times | mean ln p"
     table(f"{heads} | after 'that the '", *rows)
     assert all(torch.equal(found, ranking) for found, ranking in zip(texts, rankings))  # as many as words
