@@ -1,5 +1,6 @@
 """The book of tests/lessons: it is whole, it says what the lessons print, and the lessons can fail."""
 
+import json
 import os
 import subprocess
 import sys
@@ -81,46 +82,66 @@ def test_chinese_lines_are_joined_without_a_space():
     assert joined == "注意力中的点积除以 sqrt(D)，D 是宽度"
 
 
-# --- broken on purpose; without fork, the lessons would have to import torch each ---
-
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="lessons run in forked processes")
-
-
-@needs_fork
-def test_lessons_fail_when_what_they_teach_is_broken():
-    """A sample; .ci/more tries them all."""
-    program = [sys.executable, str(index.HERE / "mutants.py"), *SAMPLE]
-    done = subprocess.run(program, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(SAMPLE)} fail as they should" in done.stdout
+def test_a_lesson_alone_is_printed_as_its_page_of_the_book():
+    lesson = KNOWN["test_masking_is_minus_infinity_before_the_softmax"]
+    program = [sys.executable, "-m", "pytest", "-s", "tests/lessons/test_masks.py", "-k", lesson.name]
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    settings = dict(capture_output=True, text=True, encoding="utf-8", cwd=ROOT, env=environment)
+    printed = subprocess.run(program, **settings).stdout
+    before, table, after = printed.partition(index.read_printed()[lesson.name].splitlines()[0])
+    assert table and before.rstrip().endswith(f"masks {lesson.number}. {lesson.question}")
+    assert f"= {index.claim(lesson.name)}" in after and lesson.answer[:40] in after
 
 
-SAMPLE = (
-    "scaling_by_sqrt_d_keeps",
-    "rmsnorm_drops_the_mean",
+# --- broken on purpose ---
+
+SAMPLE = (  # one for each file that lessons break
+    "scaling_by_sqrt_d_keeps_the_variance_of_scores_at_one",
+    "bpe_merges_the_most_frequent_pair_of_neighbours",
+    "n_small_steps_of_sgd_are_nearly_one_step_of_n_times_the_rate",
+    "greedy_is_the_limit_of_temperature_and_of_top_k",
+    "lora_starts_as_the_base_model_and_merges_into_a_plain_one",
+    "sft_learns_the_next_token_of_answers_only",
 )
-
-HARMLESS = """
-import sys
+USELESS = (  # changes in model.py Block that do not break the lesson on RMSNorm, or not as they should
+    "`self, config` becomes `self, config, unused=None`",
+    "`super().__init__()` becomes `raise KeyError(1)`",
+    "`no such text` becomes `x`",
+)
+PROGRAM = """
+import json, sys
 from dataclasses import replace
 sys.path.insert(0, "tests/lessons")
 import index, mutants
-lesson = index.all_lessons()["test_rmsnorm_drops_the_mean_and_the_bias"]
-changed = []
-for line in ("`self, config` becomes `self, config, unused=None`",
-             "`super().__init__()` becomes `raise KeyError(1)`",
-             "`no such text` becomes `x`"):
-    fields = lesson.fields | {"Break": f"model.py Block: {line}"}
-    changed.append(replace(lesson, fields=fields))
-for _, problem, _ in mutants.run_all(changed):
-    print(problem)
+sample, useless = json.loads(sys.argv[1])
+known = index.all_lessons()
+lessons = [known[f"test_{name}"] for name in sample]
+norm = known["test_rmsnorm_drops_the_mean_and_the_bias"]
+for line in useless:
+    lessons.append(replace(norm, fields=norm.fields | {"Break": f"model.py Block: {line}"}))
+print(json.dumps([problem for _, problem, _ in mutants.run_all(lessons)]))
 """
 
 
-@needs_fork
-def test_a_lesson_that_does_not_notice_is_reported():
-    done = subprocess.run([sys.executable, "-c", HARMLESS], capture_output=True, text=True, cwd=ROOT)
-    passes, crashes, not_found = done.stdout.splitlines()[-3:]
+@pytest.fixture(scope="module")
+def problems():
+    """What mutants.py says of SAMPLE, and of USELESS."""
+    if not hasattr(os, "fork"):
+        pytest.skip("lessons run in forked processes")
+    program = [sys.executable, "-c", PROGRAM, json.dumps((SAMPLE, USELESS))]
+    done = subprocess.run(program, capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found[: len(SAMPLE)], found[len(SAMPLE) :]
+
+
+def test_lessons_fail_when_what_they_teach_is_broken(problems):
+    """A sample; .ci/more tries them all."""
+    assert problems[0] == len(SAMPLE) * [None]
+
+
+def test_a_lesson_that_does_not_notice_is_reported(problems):
+    passes, crashes, not_found = problems[1]
     assert passes == "passes all the same"
     assert crashes.startswith("fails by KeyError")
     assert not_found == "model.py Block has 0 times 'no such text', not once"

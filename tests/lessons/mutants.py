@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch  # noqa: F401, imported once: every lesson runs in a process forked from this one
+import torch._dynamo  # noqa: F401, imported once: every lesson runs in a process forked from this one
 import transformers  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -27,6 +27,7 @@ import index  # noqa: E402
 ROOT = index.HERE.parent.parent
 COPIED = ("*.py", "data/*.py", "tests/conftest.py", "tests/lessons/*.py", "pyproject.toml")
 LIMIT = 120  # seconds for one lesson
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # lessons need none, and some take seconds to load
 
 
 def break_line(folder, change):
