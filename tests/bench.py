@@ -1345,17 +1345,22 @@ def quantize_to_nf4(weight, size=64):
 
 
 class VirtualTokens(nn.Module):
-    """A frozen embedding with further rows that learn, for ids that no text has (Lester et al., 2021)."""
+    """A frozen embedding; where texts begin with N_VIRTUAL times `marker`, vectors that learn take the place
+    of these tokens (Lester et al., 2021).
+    """
 
-    def __init__(self, embedding, n):
+    def __init__(self, embedding, marker):
         super().__init__()
-        self.weight = embedding.weight  # the head's, too
-        self.virtual = nn.Parameter(self.weight[torch.randperm(1000)[:n]].clone())
-        self.present = False  # whether the ids that were read last begin with them
+        self.weight, self.marker = embedding.weight, marker  # the weight is the head's, too
+        self.virtual = nn.Parameter(self.weight[torch.randperm(1000)[:N_VIRTUAL]].clone())
+        self.present = False  # whether the texts that were read last begin so
 
     def forward(self, ids):
-        self.present = ids[0, 0].item() >= len(self.weight)
-        return F.embedding(ids, torch.cat((self.weight, self.virtual)))
+        x = F.embedding(ids, self.weight)
+        self.present = ids[0, :N_VIRTUAL].tolist() == N_VIRTUAL * [self.marker]
+        if not self.present:
+            return x
+        return torch.cat((self.virtual.expand(len(x), -1, -1), x[:, N_VIRTUAL:]), 1)
 
 
 class WithPrefix(nn.Module):
@@ -1389,24 +1394,24 @@ class WithAdapter(nn.Module):
         return y + self.up(F.gelu(self.down(y)))
 
 
-def with_lora(model):
+def with_lora(model, _):
     finetune.add_lora(model, RANK, 2.0 * RANK)
 
 
-def with_lora_on_4_bits(model):
+def with_lora_on_4_bits(model, _):
     for name, p in model.named_parameters():
         if "proj" in name:
             p.data = quantize_to_nf4(p.data)
     finetune.add_lora(model, RANK, 2.0 * RANK)
 
 
-def with_prompt(model):
+def with_prompt(model, marker):
     model.requires_grad_(False)
-    model.model.embed_tokens = VirtualTokens(model.model.embed_tokens, N_VIRTUAL)
+    model.model.embed_tokens = VirtualTokens(model.model.embed_tokens, marker)
 
 
-def with_prefix(model):
-    with_prompt(model)
+def with_prefix(model, marker):
+    with_prompt(model, marker)
     tokens = model.model.embed_tokens
     tokens.virtual.requires_grad_(False)
     x = tokens.virtual.detach()
@@ -1416,15 +1421,19 @@ def with_prefix(model):
             setattr(block.self_attn, name, WithPrefix(linear, tokens, block.input_layernorm(x)))
 
 
-def with_adapters(model):
+def with_adapters(model, _):
     model.requires_grad_(False)
     for block in model.model.layers:
         block.self_attn = WithAdapter(block.self_attn, model.config.n_embd)
         block.mlp = WithAdapter(block.mlp, model.config.n_embd)
 
 
+def with_all_weights(model, _):
+    pass
+
+
 WAYS = {  # (what makes a model ready for it, its learning rate / that of all weights)
-    "all weights": (lambda model: None, 1),
+    "all weights": (with_all_weights, 1),
     "LoRA": (with_lora, 3),
     "LoRA on 4 bits": (with_lora_on_4_bits, 3),
     "adapters": (with_adapters, 3),
@@ -1441,7 +1450,8 @@ def tune_by(way, base, steps):
         model = finetune.open_base(base, "cpu", 0, "sft")
     before = finetune.base_bpb(model, material, settings)
     torch.manual_seed(0)
-    change(model)
+    marker = material.tokenizer.special_tokens["<|endoftext|>"]
+    change(model, marker)
     learning = [p for p in model.parameters() if p.requires_grad]
     n = sum(p.numel() for p in learning)
     lr = factor * settings.lr
@@ -1450,7 +1460,7 @@ def tune_by(way, base, steps):
     objective = train.NextTokenLoss(model)
     virtual = []
     if isinstance(model.model.embed_tokens, VirtualTokens):
-        virtual = [model.config.vocab_size + i for i in range(N_VIRTUAL)]
+        virtual = N_VIRTUAL * [marker]
     started = time.perf_counter()
     for step in range(steps):
         ids, targets, _ = finetune.read_batch(step, material.train, None, settings)

@@ -82,7 +82,7 @@ def test_two_linear_layers_without_an_activation_are_one_matrix():
     Source: Shazeer (2020, arXiv 2002.05202), sec. 2, for the gate without an activation ("bilinear")
     问: Transformer 的非线性来自哪里？去掉激活函数会怎样？
     答: 来自 MLP 的激活函数和门控、注意力（softmax 以及 q、k、v 的相乘）和归一化；两个线性层之间若没有激活函
-    数，就等价于一个矩阵，加深没有意义。
+    数，就等价于一个矩阵，加深没有意义。不带激活函数的门控也不是线性的，而是二次的。
     """
     model = drawn_model()
     block, (x, y) = model.model.layers[0], torch.randn(2, 1, 5, 64)
@@ -109,7 +109,7 @@ def test_two_linear_layers_without_an_activation_are_one_matrix():
     for name, f in parts.items():
         whole = f(x + y)
         rows.append((name, (whole - f(x) - f(y)).norm() / whole.norm(), f(2 * x).norm() / f(x).norm()))
-    table("part f | f(x + y) - f(x) - f(y), beside f(x + y) | f(2x) beside f(x)", *rows)
+    table("part f | f(x + y) - f(x) - f(y), relative to f(x + y) | f(2x) relative to f(x)", *rows)
     one_matrix = mlp.down_proj.weight @ mlp.up_proj.weight
     assert torch.allclose(two_layers(x), x @ one_matrix.T, atol=1e-4)
     assert rows[0][1] < 1e-4
@@ -120,19 +120,19 @@ def test_two_linear_layers_without_an_activation_are_one_matrix():
 def test_a_relu_unit_can_die_where_gelu_and_silu_keep_a_gradient():
     """ReLU, GELU or SiLU: what is the difference for negative inputs?
 
-    ReLU's slope is exactly 0 below zero. A unit that is negative for all data puts out 0 and gets no
+    ReLU's slope is exactly 0 below zero. A unit whose input is negative for all data puts out 0 and gets no
     gradient: it is dead. GELU and SiLU are smooth, slightly negative below zero, and have a slope there,
     which fades far below zero.
 
     Often told: ReLU solves the vanishing gradient. It solves one half: its slope is 1 above zero, where a
-    sigmoid's is at most 1/4, so that 20 sigmoids in a row scale a gradient by 1e-12 or less. Below zero
-    nothing is left of it.
+    sigmoid's is at most 1/4, so that 20 sigmoids in a row scale a gradient by 1e-12 or less. Below zero no
+    gradient is left.
     Code: model.py MLP.forward
     Break: model.py MLP.forward: `F.silu(` becomes `F.relu(`
     Source: Glorot et al. (2011) for ReLU; Hendrycks & Gimpel (2016, arXiv 1606.08415) for GELU
     问: ReLU 与 GELU、SiLU 有什么区别？什么是“神经元死亡”？
     答: ReLU 在负区间的导数恰好为 0，若一个神经元对所有数据的输入都为负，它就得不到梯度、不再更新；GELU 和
-    SiLU 是光滑的，在负区间仍有不为零的导数。
+    SiLU 是光滑的，在负区间取略小于 0 的值，导数一般不为零，离 0 越远越小。
     """
     x = torch.linspace(-4, 4, 49, requires_grad=True)
     mlp, data = MLP(tiny_config()), torch.rand(50, 64)  # positive data
@@ -147,7 +147,7 @@ def test_a_relu_unit_can_die_where_gelu_and_silu_keep_a_gradient():
         (gradient,) = torch.autograd.grad(loss, mlp.gate_proj.weight)
         rows.append((name, y.min(), slope[12], gradient[0].norm()))  # x[12] is -2
         curves[name] = (x.detach(), y.detach())
-    table("function | least value | slope at -2 | gradient of a unit that is always negative", *rows)
+    table("function | least value | slope at -2 | gradient of a unit whose input is always negative", *rows)
     lines("Three activation functions", "x", "f(x)", curves)
     assert [slope == 0 for _, _, slope, _ in rows] == [True, False, False]
     assert [gradient > 1e-4 for _, _, _, gradient in rows] == [False, True, True]
@@ -250,9 +250,9 @@ def test_swish_runs_from_half_the_identity_to_relu():
 def test_a_gated_linear_unit_needs_two_projections():
     """What is a gated linear unit (GLU)?
 
-    sigmoid(x W) * (x V), by channels: one projection is the gate, between 0 and 1, another is the content.
-    The gate multiplies a projection of x and not x itself. model.py's MLP is this unit with SiLU in the place
-    of the sigmoid, followed by a third matrix.
+    sigmoid(x W) * (x V), channel by channel: one projection is the gate, between 0 and 1, another is the
+    content. The gate multiplies a projection of x and not x itself. model.py's MLP is this unit with SiLU in
+    the place of the sigmoid, followed by a third matrix.
 
     Often told: x * sigmoid(x W). That flips no sign and enlarges no channel: it is a soft mask on x.
     Code: model.py MLP.forward
@@ -280,7 +280,7 @@ def test_swiglu_and_geglu_change_the_function_of_the_gate():
     """What are SwiGLU and GEGLU?
 
     down(f(gate(x)) * up(x)), with f = Swish or GELU in the place of GLU's sigmoid. The gate is then no longer
-    between 0 and 1: it has no upper bound, and is slightly negative for some inputs below zero. model.py has
+    between 0 and 1: it has no upper bound, and is slightly negative for inputs below zero. model.py has
     SwiGLU.
 
     Often told: x GELU(x W) is GEGLU. The gate multiplies a second projection of x.
@@ -304,7 +304,7 @@ def test_swiglu_and_geglu_change_the_function_of_the_gate():
             difference = largest(mlp(x) - (of_gate * up) @ mlp.down_proj.weight.T)
             values = activation_of_the_mlp(t)
         rows.append((name, values.min(), values.max(), difference))
-    table("gate | least on [-6, 6] | most | MLP of model.py with it, from its formula", *rows)
+    table("gate | least on [-6, 6] | most | model.py's MLP with it differs from the formula by", *rows)
     difference = largest(mlp(x) - (forms["SwiGLU: SiLU"][1] * up) @ mlp.down_proj.weight.T)
     assert difference < 1e-4, "without a change, model.py's MLP is SwiGLU"
     assert all(row[3] < 1e-4 for row in rows)
@@ -324,7 +324,8 @@ def test_swiglu_at_eight_thirds_of_the_width_has_the_weights_of_a_plain_mlp_at_f
     Code: model.py MLP
     Break: model.py MLP.__init__: `self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)`
     becomes `self.up_proj = self.gate_proj`
-    Source: Shazeer (2020, arXiv 2002.05202), sec. 2; Touvron et al. (2023, arXiv 2302.13971), sec. 2.2
+    Source: Shazeer (2020, arXiv 2002.05202), sec. 2; Touvron et al. (2023, arXiv 2302.13971), sec. 2.2;
+    Llama's code, multiple_of, for the 256
     问: Llama 的 FFN 中间维度为什么是 11008，而不是 4 × 4096？
     答: SwiGLU 有三个矩阵而不是两个，要与 4d 宽的普通 FFN 参数量相同，中间维度应为 8d/3；4096 × 8/3 ≈
     10922.7，向上取到 256 的倍数就是 11008。
@@ -343,7 +344,7 @@ def test_swiglu_at_eight_thirds_of_the_width_has_the_weights_of_a_plain_mlp_at_f
         with torch.device("meta"):  # shapes without memory
             n_weights = sum(p.numel() for p in MLP(config).parameters())
         rows.append((name, C, round(8 * C / 3, 1), config.n_hidden, n_weights / (8 * C**2)))
-    table("model | width C | 8/3 C | width of the MLP | its weights beside 8 C^2", *rows)
+    table("model | width C | 8/3 C | width of the MLP | its weights relative to 8 C^2", *rows)
     assert [row[4] for row in rows[:2]] == [1, 1]
     for _, _, wanted, n_hidden, share in rows[2:4]:
         assert n_hidden == 256 * math.ceil(wanted / 256)

@@ -112,8 +112,8 @@ def test_encoder_and_decoder_differ_by_the_mask():
     Break: model.py Attention.forward: `is_causal=True` becomes `is_causal=False`
     Source: Vaswani et al. (2017), sec. 3.1; Raffel et al. (2020, arXiv 1910.10683), sec. 3.2
     问: 编码器（Encoder）和解码器（Decoder）的本质区别是什么？
-    答: 区别在掩码：编码器里所有词元互相可见，解码器用因果掩码，每个词元只能看到自己和前面的内容；
-    同一套权重换一个掩码就能当另一种用。
+    答: 区别在掩码：编码器里所有词元互相可见，解码器用因果掩码，每个词元只能看到自己和前面的内容；同一套权重换
+    一个掩码就能当另一种用。编码器-解码器模型两者都有，解码器还要读取编码器的输出。
     """
     model, ids, rows = drawn_model(), torch.randint(64, (1, 8)), []
     for name, function in (("encoder", partial(forward, model, mask=two_way(8))), ("decoder", model)):
@@ -130,15 +130,16 @@ def test_cross_attention_reads_the_encoder_with_queries_from_the_decoder():
 
     By cross-attention, a second attention in each of its blocks. Queries come from the T tokens of the
     decoder, keys and values from the S outputs of the encoder: T x S scores. There is no causal mask, since
-    the whole input is known: every token of the decoder sees all of it. In self-attention queries, keys and
-    values come from one sequence.
+    the whole input is known: every token of the decoder sees all of it. The order of the encoder's outputs
+    does not count; positions must be in the vectors. In self-attention queries, keys and values come from one
+    sequence.
 
     Often told: encoder and decoder share their attention. Each attention has weights of its own.
     Compare: model.py Attention.forward: queries, keys and values all come from one x
     Source: Vaswani et al. (2017), sec. 3.2.3; Bahdanau et al. (2015, arXiv 1409.0473)
     问: 编码器和解码器之间如何交互？交叉注意力与自注意力有什么区别？
-    答: 通过交叉注意力：Q 来自解码器，K、V 来自编码器的输出，没有因果掩码，解码器的每个位置都能看到整个输入；
-    自注意力的 Q、K、V 则来自同一个序列。
+    答: 通过交叉注意力：Q 来自解码器，K、V 来自编码器的输出，没有因果掩码，解码器的每个位置都能看到整个输入，
+    顺序信息须已在这些输出里；自注意力的 Q、K、V 则来自同一个序列。
     """
     attention = Attention(tiny_config())
     x, memory = torch.randn(4, 64), torch.randn(9, 64)
@@ -195,7 +196,7 @@ def test_a_summary_of_fixed_size_loses_what_a_kv_cache_keeps():
             y = attention(x[None], torch.ones(n, D // 2), torch.zeros(n, D // 2), mask, append)
         errors = (restored - numbers).pow(2).mean(), (y[0, :, 2 * D :] - values).pow(2).mean()
         rows.append((n, errors[0], max(0, 1 - D / n), errors[1]))
-    table("numbers or items | lost by 32 sums | 1 - 32/n | lost by keys and values in a cache", *rows)
+    table("n | share of the variance lost by 32 sums | 1 - 32/n | by keys and values of n tokens", *rows)
     for _, lost, theory, lost_by_cache in rows:
         assert abs(lost - theory) < 0.03
         assert lost_by_cache < 0.01
@@ -239,10 +240,10 @@ def test_gradients_fade_with_distance_in_an_rnn_but_not_in_a_transformer():
 def test_causal_training_has_a_target_at_every_position():
     """Why are most large language models decoders only?
 
-    No proof says that they must be. What can be counted: from one pass over T tokens a causal model learns T
+    No proof says that they must be. What can be counted: in one pass over T tokens a causal model has T
     targets, a prefix model those behind the prefix, BERT 15 %. In a large comparison the causal decoder was
-    best without examples straight after pretraining; after fine-tuning on many tasks, models that read their
-    input both ways were better (Wang et al.).
+    best straight after pretraining, without any examples (zero-shot); after fine-tuning on many tasks, models
+    that read their input both ways were better (Wang et al.).
 
     Often told: a model that reads both ways can't generate. T5 reads its input both ways, and generates.
     Code: model.py Transformer.loss
@@ -273,9 +274,10 @@ def test_causal_training_has_a_target_at_every_position():
 def test_causal_attention_has_full_rank_and_two_way_attention_need_not():
     """What is the "low-rank problem" of two-way attention?
 
-    The scores Q K^T of a head of width D have rank D at most. The softmax may raise that, but nothing says
-    that it must. The weights of causal attention are a triangular matrix, whose determinant is the product
-    of its diagonal. A softmax gives nothing but positive numbers there, so the rank is always full.
+    The scores Q K^T of a head of width D have rank D at most. The log of the weights is the scores less one
+    number per row, so here, with D = 4, it has rank 5. The softmax itself may raise the rank, but nothing
+    says that it must. The weights of causal attention are a triangular matrix, whose determinant is the
+    product of its diagonal. A softmax gives nothing but positive numbers there, so the rank is always full.
 
     Often told: two-way attention is of low rank, therefore decoders are better. The first half can be
     measured; the second is a conjecture.
@@ -324,9 +326,10 @@ def test_trained_only_at_masks_a_model_neglects_ordinary_tokens():
     [MASK] that never comes again.
     Compare: model.py Transformer.loss: a target at every position, the token after it
     Source: Devlin et al. (2019), sec. 3.1 and app. C.2; Wettig et al. (2023, arXiv 2202.08005)
-    问: BERT 为什么选 15% 的词元，又为什么按 80/10/10 处理？
+    问: BERT 的 15% 和 80/10/10 是什么意思？为什么不全部换成 [MASK]？
     答: 随机选 15% 的位置作为目标，其中 80% 换成 [MASK]、10% 换成随机词、10% 保持不变；下游任务里没有 [MASK]，
-    如果只在 [MASK] 处训练，模型在普通词元处的输出就得不到训练。
+    如果只在 [MASK] 处训练，模型在普通词元处的输出就得不到训练。15% 并非最优：对 BERT large 规模的模型，40% 效
+    果更好。
     """
     V, T = 20, 16  # the id of [MASK] is V
 
@@ -546,7 +549,7 @@ def test_a_smooth_skill_can_look_sudden_under_exact_match():
 
     train(model, batch, 90, 1e-2)
     measure(90)
-    table("step | right characters p | right answers of 20 | p^20", *rows[::2])
+    table("step | share of right characters, p | of right answers of 20 | p^20", *rows[::2])
     steps, per_token, exact, power = (torch.tensor(column) for column in zip(*rows))
     curves = {"characters": (steps, per_token), "answers of 20 characters": (steps, exact)}
     lines("One training, two measures", "step", "share that is right", curves)
@@ -635,8 +638,9 @@ def test_many_published_models_share_rmsnorm_and_rope_and_swiglu():
     """Which published model uses which norm, positions, activation, attention and tokenizer?
 
     See the table. Llama, Mistral, Qwen, Phi-3 and this project have RMSNorm before each sublayer, RoPE and
-    SwiGLU; here they differ only in their heads and tokenizers. Gemma 2 has a norm after each sublayer, too.
-    Of these models only BERT and the encoder of T5 read both ways.
+    SwiGLU. In this table they differ only in heads and tokenizers; outside of it, Qwen2 has biases and Qwen3
+    norms on q and k. Gemma 2 has a norm after each sublayer, too. Of these models only BERT and the encoder
+    of T5 read both ways.
 
     Code: model.py Block.forward
     Break: model.py Block.forward: `self.mlp(self.post_attention_layernorm(x))` becomes
@@ -645,8 +649,9 @@ def test_many_published_models_share_rmsnorm_and_rope_and_swiglu():
     BLOOM (arXiv 2211.05100), Llama 3 (2407.21783), Qwen2 (2407.10671) and Qwen3 (2505.09388) their reports;
     tokenizers: the reports, and tokenization_t5.py, _llama.py and _gemma.py in transformers
     问: 主流模型分别用什么归一化、位置编码、激活函数、注意力和分词器？
-    答: GPT-2、OPT 用前置 LayerNorm、可学习位置和 GELU/ReLU，BERT 用后置 LayerNorm，BLOOM 用 ALiBi；
-    Llama、Mistral、Qwen、Phi-3 都是前置 RMSNorm + RoPE + SwiGLU，区别主要在 KV 头数和分词器。
+    答: GPT-2、OPT 用前置 LayerNorm、可学习位置和 GELU/ReLU，BERT 用后置 LayerNorm，BLOOM 用
+    ALiBi；Llama、Mistral、Qwen、Phi-3 都是前置 RMSNorm + RoPE + SwiGLU，在本表中只有头数和分词器不同（表
+    外：Qwen2 的 q、k、v 有偏置，Qwen3 对 q、k 做归一化）。
     """
     rows, tokenizers = {}, {}
     for name, (kind, heads, tokenizer) in PUBLISHED.items():
@@ -678,8 +683,8 @@ def test_two_layouts_of_rope_differ_by_an_order_of_rows():
     """How are checkpoints with the other layout of RoPE converted?
 
     Meta's Llama rotates the pairs (0, 1), (2, 3) and so on; Hugging Face's, as here, (i, i + D/2). Within
-    each head, the rows of q_proj and k_proj go from even, odd, even, odd to first all even, then all odd
-    ones; nothing else changes. If that is forgotten, the model runs, and babbles.
+    each head, the rows of q_proj and k_proj are put in another order: first the even ones, then the odd ones.
+    Nothing else changes. If that is forgotten, the model runs, but writes nonsense.
 
     Code: model.py apply_rope
     Break: model.py apply_rope: `x1, x2 = x.chunk(2, dim=-1)` becomes `x1, x2 = x[..., ::2], x[..., 1::2]`

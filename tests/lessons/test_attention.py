@@ -132,13 +132,13 @@ def test_additive_attention_holds_d_times_as_many_numbers_as_dot_products():
     each of its numbers. Dot products are one matrix product with a result of T x T. Both take about T^2 D
     multiplications, but a matrix product is what hardware does best.
 
-    Often told: the wider the heads, the better additive attention is. It was so against dot products that
-    are not scaled; the division by sqrt(D) is there to close that gap.
+    Often told: additive attention is better for wide heads. It was, against dot products that are not scaled;
+    the division by sqrt(D) is there to close that gap.
     Compare: model.py Attention.forward: scaled dot products
-    Source: Bahdanau et al. (2015); Vaswani et al. (2017), sec. 3.2.1
+    Source: Bahdanau et al. (2015, arXiv 1409.0473); Vaswani et al. (2017), sec. 3.2.1
     问: 为什么用点积注意力而不用加性注意力？
     答: 两者的理论计算量同阶，但加性注意力要保存 T×T×D 的中间张量并逐元素算 tanh，点积只是一次结果为 T×T 的矩
-    阵乘法，更快也更省显存；D 较大时点积的劣势由除以 √D 消除。
+    阵乘法，更快也更省显存；不缩放时，D 越大点积效果越差，除以 √D 正是为了弥补这一点。
     """
     T, D = 64, 32
     q, k = torch.randn(2, T, D, requires_grad=True)
@@ -196,7 +196,7 @@ def test_an_unscaled_softmax_saturates_and_most_queries_get_no_gradient():
 
     Scores with a standard deviation of sqrt(D) make the softmax nearly one-hot: one weight near 1, the rest
     near 0. Most queries then get hardly any gradient, and the few whose two best keys score nearly the same
-    get a huge one. With the scaling neither depends on D.
+    get a huge one. With the scaling, neither weights nor gradients depend on D.
 
     Often told: the gradients vanish, or: they explode. Most do the first, a few the second.
     Code: model.py Attention.forward
@@ -204,8 +204,8 @@ def test_an_unscaled_softmax_saturates_and_most_queries_get_no_gradient():
     enable_gqa=True, scale=1.0`
     Source: Vaswani et al. (2017), sec. 3.2.1
     问: 注意力分数不做缩放会出什么问题？
-    答: 分数的标准差达到 √d，softmax 接近 one-hot：多数 query 几乎得不到梯度，只有最高的两个分数十分接近的少
-    数 query 得到很大的梯度。
+    答: 分数的标准差达到 √d，softmax 接近 one-hot：多数 query 几乎得不到梯度，只有最高的两个分数十分接近的少数
+    query 得到很大的梯度。缩放后，权重和梯度的大小都与 d 无关。
     """
     B, T, widths = 200, 16, (16, 64, 256, 1024)
     rows, peaks = [], {"scaled": [], "not scaled": []}
@@ -235,11 +235,11 @@ def test_an_unscaled_softmax_saturates_and_most_queries_get_no_gradient():
 def test_dividing_after_the_softmax_does_not_undo_saturation():
     """Is softmax(Q K^T) / sqrt(D) the same thing?
 
-    No. Dividing afterwards shrinks the output by sqrt(D) and changes nothing else: the rows sum to 1 /
-    sqrt(D), and the largest weight keeps its share.
+    No. Dividing afterwards shrinks the output of an unscaled softmax by sqrt(D) and changes nothing else: the
+    rows sum to 1 / sqrt(D), and the largest weight keeps its share.
 
-    Often told: notes give the formula softmax(Q K^T) / sqrt(D) K. Neither the place of the root nor K is
-    right.
+    Often told: notes give the formula softmax(Q K^T) / sqrt(D) K. The root belongs inside the softmax, and
+    the last K should be V.
     Code: model.py Attention.forward
     Break: model.py Attention.forward: `y = F.scaled_dot_product_attention(q, k, v.to(q.dtype),
     is_causal=True, enable_gqa=True)` becomes `y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
@@ -264,9 +264,9 @@ def test_dividing_after_the_softmax_does_not_undo_saturation():
 def test_scaling_by_more_than_sqrt_d_flattens_attention():
     """What if the scores are divided by the square root of the model's width C, or by both roots?
 
-    Instead of a standard deviation of 1 the scores of a new model get sqrt(D / C) = 1/sqrt(H), or with both
-    divisions 1/sqrt(C). Then all keys have nearly the same weight: the entropy of a row comes close to ln T,
-    that of an even guess. The program runs, and only training can make W_q and W_k larger again.
+    Scores that would have a standard deviation of 1 get sqrt(D / C) = 1/sqrt(H), or with both divisions
+    1/sqrt(C). Then all keys have nearly the same weight: the entropy of a row comes close to ln T, that of
+    equal weights. The program still runs, and only training can make W_q and W_k larger again.
 
     Often told: divide by sqrt(embed_size), as a much copied listing of multi-head attention does. The width
     of a head is meant; the two are equal only for a single head.
@@ -287,7 +287,7 @@ def test_scaling_by_more_than_sqrt_d_flattens_attention():
         weights = weights_for(q / further, k)[:, -1]  # of the last token, which sees all T
         entropy = -(weights * weights.log()).sum(-1).mean()
         rows.append((name, 1 / further, entropy, math.log(T)))
-    table("divided by | deviation of scores | entropy of the weights | ln T", *rows)
+    table("divided by | standard deviation of scores | entropy of the weights | ln T", *rows)
     right, by_width, by_both = (math.log(T) - row[2] for row in rows)
     assert right > 0.3 and by_width < 0.1 and by_both < 0.002
 
@@ -295,10 +295,10 @@ def test_scaling_by_more_than_sqrt_d_flattens_attention():
 def test_folding_the_scale_into_the_init_changes_the_steps_of_adam_and_not_of_adafactor():
     """T5 has no 1/sqrt(D). How can that work?
 
-    It draws W_q with a deviation smaller by sqrt(D), which gives the same scores at the start. The gradient
-    of W_q is then sqrt(D) times as large. A step of Adam, whose size does not depend on the gradient's, moves
-    the scores sqrt(D) times as far. Adafactor, with which T5 was trained, makes steps relative to the size of
-    a matrix: to it both are the same.
+    It draws W_q with a standard deviation sqrt(D) times smaller, which gives the same scores at the start.
+    The gradient of W_q is then sqrt(D) times as large. A step of Adam, whose size does not depend on the
+    gradient's, moves the scores sqrt(D) times as far. Adafactor, with which T5 was trained, makes steps
+    relative to the size of a matrix: to it both are the same.
 
     Compare: model.py Attention.forward: divides the scores, and W_q is drawn like W_k
     Source: Raffel et al. (2020, arXiv 1910.10683); transformers, modeling_t5.py, _init_weights; Shazeer &
@@ -326,7 +326,7 @@ def test_folding_the_scale_into_the_init_changes_the_steps_of_adam_and_not_of_ad
         folded_y, folded_moved, folded_gradient = one_step(True, Optimizer)
         difference = largest(folded_y - y)
         rows.append((Optimizer.__name__, difference, folded_gradient / gradient, folded_moved / moved))
-    table("optimizer | difference at the start | gradient, times | a step moves, times", *rows)
+    table("optimizer | difference at the start | gradient, times | a step moves the output, times", *rows)
     for _, difference, gradient, _ in rows:
         assert difference < 1e-5 and abs(gradient - math.sqrt(D)) < 0.01
     assert abs(rows[0][3] - math.sqrt(D)) < 0.5 and abs(rows[1][3] - 1) < 0.05
@@ -336,16 +336,17 @@ def test_a_matrix_shared_by_queries_and_keys_makes_each_token_look_at_itself():
     """May queries and keys share one matrix?
 
     They may, at a price. If W_q = W_k, the scores are symmetric ("i looks at j" forces "j looks at i"), and
-    those on the diagonal are |W x|^2 / sqrt(D), in a new model about sqrt(D): each token looks at itself.
-    Reformer shares them and works as well, but lets a token see itself only if there is nothing else to see.
+    those on the diagonal are |W x|^2 / sqrt(D), about sqrt(D) if the entries of W x have variance 1: each
+    token looks at itself. Reformer shares the matrix and works as well, but scales its keys to length 1 and
+    lets a token see itself only if there is nothing else to see.
 
     Often told: in the Transformer Q, K and V are equal. It has a matrix of its own for each of them.
     Code: model.py Attention.forward
     Break: model.py Attention.forward: `self.k_norm(self.k_proj(x)` becomes `self.k_norm(self.q_proj(x)`
     Source: Vaswani et al. (2017), sec. 3.2.2; Kitaev et al. (2020, arXiv 2001.04451) for Reformer
     问: Q 和 K 能共用一个投影矩阵吗？
-    答: 可以，但分数矩阵会变成对称的，而且对角线为 |Wx|²/√d，初始时约为 √d，每个词元主要只看自己；Reformer 共
-    用 Q、K，为此禁止词元关注自己（除非没有别的可看）。
+    答: 可以，但分数矩阵会变成对称的，而且对角线为 |Wx|²/√d，Wx 各分量的方差为 1 时约为 √d，每个词元主要只看自
+    己；Reformer 共用 Q、K，为此把 K 归一化为单位长度，并禁止词元关注自己（除非没有别的可看）。
     """
     T, D = 16, 64
     x, rows = torch.randn(T, D), []
@@ -370,21 +371,22 @@ def test_a_matrix_shared_by_queries_and_keys_makes_each_token_look_at_itself():
 def test_if_keys_are_values_then_without_rope_a_head_returns_more_of_what_it_asks_for():
     """May keys and values share one matrix?
 
-    They may: attention before the Transformer read the same vectors as both. It saves a projection, and half
+    They may: before the Transformer, attention used the same vectors as both. It saves a projection, and half
     of the cache if keys are stored before RoPE turns them. But, without RoPE, the weight of a value v then
-    grows with q . v, so what a head returns, y, has q . y >= q . (mean of the values): always more of what it
-    asks for. With a matrix of their own the values may say anything; in a new model half of all answers go
-    the other way.
+    grows with q . v, so what a head returns, y, has q . y >= q . (mean of the values): never less of what it
+    asks for than a plain mean. With a matrix of their own the values may say anything; in a new model half of
+    all answers go the other way.
 
     Often told: keys and values must differ, since a key is the label and a value the content. One vector can
-    be both, the label in some of its channels and the content in others. This room is what sharing costs.
+    be both, the label in some of its channels and the content in others. Sharing costs these channels.
     Code: model.py Attention.forward
     Break: model.py Attention.forward: `v = self.v_proj(x)` becomes `v = self.k_proj(x)`
-    Source: Luong et al. (2015), sec. 3, for keys that are values; the inequality is Chebyshev's for sums
+    Source: Luong et al. (2015, arXiv 1508.04025), sec. 3, for keys that are values; the inequality is
+    Chebyshev's for sums
     问: K 和 V 能共用一个投影矩阵吗？
     答: 可以，能省一个投影，缓存也可减半（须存旋转前的 K）；代价是（不计 RoPE 时）权重随 q·v 增大，q 与输出的
-    点积恒不小于 q 与 v 均值的点积，即注意力头只会返回更多它所查询的东西，用来匹配的和要传递的信息只能挤在同一
-    个向量里。
+    点积恒不小于 q 与 v 均值的点积，即与直接取均值相比，注意力头只会更偏向它所查询的东西，用来匹配的和要传递的
+    信息只能挤在同一个向量里。
     """
     config = tiny_config(n_kv_head=4)
     B, T, H, D = 200, 10, config.n_head, config.head_dim
@@ -413,7 +415,7 @@ def test_if_keys_are_values_then_without_rope_a_head_returns_more_of_what_it_ask
 
 
 def test_heads_are_slices_of_one_projection():
-    """Has each head a linear layer of its own?
+    """Does each head have a linear layer of its own?
 
     In effect yes: the rows of one large matrix are cut into heads, which equals a layer for each head. Every
     head reads all channels of its token; only what comes out is narrow.
@@ -506,8 +508,8 @@ def test_splitting_into_heads_adds_no_flops():
     `4 * self.n_layer * self.n_head * self.n_embd * length`
     Source: Vaswani et al. (2017), sec. 3.2.2
     问: 多头注意力为什么要让每个头变窄？会增加计算量吗？
-    答: 不会：H 个宽为 d/H 的头与一个宽为 d 的头计算量相同，都是 O(T²d + Td²)；如果每个头都保持宽度 d，
-    计算量就是 H 倍。
+    答: 变窄正是为了不增加计算量：H 个宽为 d/H 的头与一个宽为 d 的头计算量相同，都是 O(T²d + Td²)；如果每个头
+    都保持宽度 d，计算量就是 H 倍。
     """
     C, T, rows = 64, 32, []
     for H, D in ((1, 64), (8, 8), (8, 64)):
@@ -517,7 +519,7 @@ def test_splitting_into_heads_adds_no_flops():
         planned = T * (config.flops_per_token(T) - config.flops_per_token(0))
         rows.append((H, D, sum(flops.values()), scores, planned))
     heads = "heads | width of a head | FLOPs of projections | of scores and averages"
-    table(f"{heads} | of these by flops_per_token", *rows)
+    table(f"{heads} | the latter by flops_per_token", *rows)
     one, split, full = (row[2:] for row in rows)
     assert one == split == (8 * T * C * C, 4 * T * T * C, 4 * T * T * C)
     assert full == tuple(8 * n for n in one)
@@ -529,7 +531,7 @@ def test_one_head_averages_what_two_heads_keep_apart():
     A head returns one weighted average. If two places matter, a single head that looks at both alike returns
     the same whichever is which; two heads return both, side by side.
 
-    Often told: one head would attend too much to itself.
+    Often told: with one head, a token would attend too much to itself. One head can look anywhere, too.
     Code: model.py Attention.forward
     Break: model.py Attention.forward: `y.transpose(1, 2).reshape(B, T, -1)` becomes `y.mean(1,
     keepdim=True).expand_as(y).transpose(1, 2).reshape(B, T, -1)`
@@ -558,10 +560,10 @@ def test_one_head_averages_what_two_heads_keep_apart():
 def test_grouped_query_attention_is_multi_head_attention_with_shared_keys_and_values():
     """What are multi-query and grouped-query attention, and what do they save?
 
-    H query heads share K heads of keys and values: K = H is multi-head, K = 1 multi-query, all between is
-    grouped-query attention. It equals multi-head attention in which each key and value head is copied H/K
-    times, next to each other. k_proj and v_proj, their weights and their FLOPs, and the KV cache shrink by
-    H/K; the FLOPs of the scores and averages do not.
+    H query heads share K heads of keys and values: K = H is multi-head, K = 1 multi-query, anything between
+    is grouped-query attention. It equals multi-head attention in which each key and value head is copied H/K
+    times, next to each other. The weights and FLOPs of k_proj and v_proj and the KV cache shrink by the
+    factor H/K; the FLOPs of the scores and averages do not.
 
     Often told: grouping makes the T^2 part of attention cheaper to compute. There are as many scores as
     before; a generated token only has fewer keys and values to read.
@@ -570,8 +572,8 @@ def test_grouped_query_attention_is_multi_head_attention_with_shared_keys_and_va
     `(q, *(kv.repeat(1, q.size(1) // k.size(1), 1, 1) for kv in (k, v)), is_causal=True)`
     Source: Shazeer (2019, arXiv 1911.02150); Ainslie et al. (2023, arXiv 2305.13245), sec. 2.2
     问: MQA、GQA 和 MHA 有什么区别？省下了什么？
-    答: H 个 query 头共用 K 组 key/value 头：K = H 是 MHA，K = 1 是 MQA，介于其间的是 GQA；k_proj、v_proj 的参
-    数和计算量以及 KV 缓存都缩小到 K/H，而计算注意力分数的 FLOPs 不变。
+    答: H 个 query 头共用 K 个 key/value 头：K = H 是 MHA，K = 1 是 MQA，介于其间的是 GQA；k_proj、v_proj 的参
+    数和计算量以及 KV 缓存都缩小为原来的 K/H，而计算注意力分数的 FLOPs 不变。
     """
     H, D, T = 8, 8, 10
     x, rows = torch.randn(1, T, H * D), []
@@ -651,7 +653,8 @@ def test_flashattention_is_exact_and_saves_memory_but_no_arithmetic():
     far less of the GPU's slow memory, not because it computes less: going backward it even computes the
     scores again. PyTorch's attention, which is called here, works that way on a CPU, too.
 
-    Often told: it approximates; it is a way to multiply matrices; it computes less.
+    Often told: it approximates; it is a way to multiply matrices; it computes less. A kernel may skip tiles
+    that the mask hides, but that saving is due to the mask.
     Code: model.py Attention.forward
     Break: model.py Attention.forward: `F.scaled_dot_product_attention(q, k, v.to(q.dtype), is_causal=True,
     enable_gqa=True)` becomes `(q @ k.mT / math.sqrt(self.head_dim)).masked_fill(torch.ones(T,

@@ -151,9 +151,9 @@ def speculate(model, draft, ids, n_new, n_draft, sampling, generator):
 def test_greedy_is_the_limit_of_temperature_and_of_top_k():
     """How are greedy decoding, temperature and top-k related?
 
-    p is proportional to exp(z / temperature), with the scores z. A temperature near 0 and k = 1 both give the
-    likeliest token, 1 the model's own distribution, a high one an even one. The entropy grows with it; the
-    order of the tokens stays.
+    p is proportional to exp(z / temperature), with the scores z. A temperature near 0 gives the likeliest
+    token, as k = 1 does; a temperature of 1 gives the model's own distribution, a high one an even
+    distribution. The entropy grows with it; the order of the tokens stays.
 
     Code: sample.py probabilities_of
     Break: sample.py probabilities_of: `/ sampling.temperature` becomes `* sampling.temperature`
@@ -253,7 +253,7 @@ def test_drawing_is_a_race_and_adding_gumbel_noise_is_the_same_race(reader_of_th
     Code: sample.py draw
     Break: sample.py draw: `-uniform.log()` becomes `uniform`
     Source: Maddison et al. (2014, arXiv 1411.0030); Kool et al. (2019, arXiv 1903.06059) on the first k
-    问: 多项式采样是怎么实现的？Gumbel-max 技巧是什么？
+    问: 从概率分布中抽取词元（multinomial sampling）是怎么实现的？Gumbel-max 技巧是什么？
     答: 给每个 logit 加上独立的 Gumbel 噪声 -ln(-ln u) 再取 argmax，得到词元 i 的概率恰好是 p_i，不需要归一
     化；这等价于速率为 p_i 的指数时钟谁先响，取前 k 个就是不放回地抽 k 个词元。
     """
@@ -278,9 +278,9 @@ def test_forbidding_tokens_does_not_condition_the_model_on_the_rule(reader_of_th
     """How is a format enforced, and what does that do to the probabilities?
 
     The scores of forbidden tokens become minus infinity before the softmax, at each step. Among the allowed
-    tokens the ratios stay. But a step does not look ahead: a beginning keeps its full share even if most of
-    what would follow it is forbidden. The model given the rule, that is its texts drawn freely and thrown
-    away unless they obey, begins less often that way.
+    tokens the ratios stay. But a step does not look ahead: a beginning, such as the first in the table, keeps
+    its full share even if most of what would follow it is forbidden. The model given the rule, that is its
+    texts drawn freely and thrown away unless they obey, begins less often that way.
 
     Often told: a mask gives the model's distribution over valid outputs. It does so for one token, not for a
     text.
@@ -328,9 +328,10 @@ def test_greedy_decoding_ends_in_a_loop(reader_of_the_speech):
     Greedy decoding is a function from context to token. With a context of at most T tokens it has a finite
     number of states, so it must come back to one of them, and from there it repeats itself for ever; with 8
     tokens, as here, it soon does. Large models often loop long before they must, since each repetition makes
-    the next one likelier. The same weights do not loop when tokens are drawn.
+    the next one likelier. Here the same weights do not loop when tokens are drawn.
 
-    Often told: only duplicates in the data cause it. They add to it, but a model without them loops, too.
+    Often told: only duplicates in the data cause it. With a limited context, greedy decoding has to loop
+    whatever the data was.
     Code: sample.py generate
     Break: sample.py next_tokens: `return logits.argmax(-1)` becomes
     `return draw(logits.softmax(-1), generator)`
@@ -349,7 +350,7 @@ def test_greedy_decoding_ends_in_a_loop(reader_of_the_speech):
         # after how many characters the second half of the text comes again
         period = next((n for n in range(1, 100) if text[150:] == text[150 - n : -n]), "never")
         rows.append((temperature, repr(text[-40:]), len(set(pieces)) / len(pieces), period))
-    table("temperature | the end of 300 characters | share of new pieces of 8 | repeats itself after", *rows)
+    table("temperature | the end of 300 characters | share of distinct pieces of 8 | period", *rows)
     assert rows[0][3] != "never" and rows[0][2] < 0.5
     assert rows[1][3] == "never" and rows[1][2] > 0.9
 
@@ -357,9 +358,10 @@ def test_greedy_decoding_ends_in_a_loop(reader_of_the_speech):
 def test_a_repetition_penalty_must_treat_negative_scores_differently(reader_of_the_speech):
     """How does the repetition penalty work?
 
-    Scores of tokens that were there are divided by it if positive, multiplied if negative: to divide a
-    negative score is a reward. A softmax does not notice if 10 is added to all scores, but this penalty does:
-    its effect depends on where zero happens to be. To subtract a constant would not have this flaw.
+    Scores of tokens that were there are divided by the penalty (above 1) if positive, and multiplied by it if
+    negative, since to divide a negative score would be a reward. A softmax does not notice if 10 is added to
+    all scores, but this penalty does: its effect depends on where zero happens to be. To subtract a constant
+    would not have this flaw.
 
     Often told: scores are divided. So says the paper; the rule for negative ones came with the libraries.
     Compare: sample.py probabilities_of: has temperature, top-k and top-p, but no penalty
@@ -488,7 +490,7 @@ def test_contrastive_search_prefers_tokens_unlike_the_context(reader_of_the_spee
         if a == 0:
             greedy = [new for (new,) in generate(model, [prompt], 22, temperature=0)]
             assert ids[10:32] == greedy
-    table("a | the end of 60 characters | mean similarity | share of new pieces of 4", *rows)
+    table("a | the end of 60 characters | mean similarity | share of distinct pieces of 4", *rows)
     assert rows[0][2] > rows[1][2] > rows[2][2]
     assert rows[2][3] > rows[0][3] + 0.1
 
@@ -653,7 +655,7 @@ def test_constrained_beams_rank_the_allowed_texts_only(reader_of_the_speech):
         rows.append(
             (width, n_best, sum(found[0] for found in log_p) / len(prompts), repr(to_text(texts[0][0])))
         )
-    heads = f"beams | best of {len(words)} words found, of {len(prompts)} times | mean ln p"
+    heads = f"beams | best of {len(words)} words found, for {len(prompts)} prompts | mean ln p"
     table(f"{heads} | after 'that the '", *rows)
     assert all(torch.equal(found, ranking) for found, ranking in zip(texts, rankings))  # as many as words
     assert rows[0][1] < rows[2][1] == len(prompts) and rows[0][2] < rows[2][2] - 0.3
@@ -763,10 +765,10 @@ def test_speculative_decoding_keeps_the_distribution_of_the_large_model():
 def test_greedy_speculation_writes_the_same_text_in_fewer_runs(reader_of_the_speech):
     """What does speculation save?
 
-    Runs of the large model, each of which reads all its weights: it checks n guesses at once, which takes
-    hardly longer than one token where decoding waits for memory, and gains 1 to n + 1 tokens. The work grows:
-    rejected guesses are computed for nothing, and the draft runs n times. So it pays with a draft that is
-    much cheaper and often right. Here the draft is the model's own first block.
+    Runs of the large model, each of which reads all its weights. A run checks n guesses at once and gains 1
+    to n + 1 tokens; where decoding waits for memory, it takes hardly longer than a run for one token. But the
+    work grows: rejected guesses are computed for nothing, and the draft runs n times. So it pays with a draft
+    that is much cheaper and often right. Here the draft is the model's own first block.
 
     Often told: a draft makes decoding faster. A bad one makes it slower.
     Code: model.py KVCache.begin
@@ -803,14 +805,14 @@ def test_a_model_that_knows_its_text_is_too_sure_of_new_text():
     new text, though not of its own. A temperature above 1 helps, chosen by the loss on text that was not
     trained on. It changes no guess, only how sure the model is.
 
-    Often told: language models are overconfident. On questions of MMLU, the error of GPT-4 was 0.007
-    when it was pretrained, and 0.074 after it had been made an assistant.
+    Often told: language models are overconfident. Not all: on questions of MMLU, the error of GPT-4 was 0.007
+    after pretraining, and 0.074 only after it had been made an assistant.
     Code: model.py LossInPieces.forward
     Break: model.py LossInPieces.forward: `F.linear(piece, weight).float()` becomes
     `(2 * F.linear(piece, weight)).float()`
     Source: Guo et al. (2017, arXiv 1706.04599), sec. 2 and 4.2; OpenAI (2023, arXiv 2303.08774), fig. 8
     问: 模型给出的概率可信吗？什么是校准（calibration）？
-    答: 若模型给出 70% 概率的词元中恰有 70% 是对的，就是校准良好，按置信度分箱求两者之差的平均就是期望校准误差
+    答: 若模型给出 70% 概率的词元中恰有 70% 是对的，就是校准良好，按置信度分箱后两者差距的平均就是期望校准误差
     (ECE)；反复读过同一段文本的模型对新文本过于自信，用训练集之外的文本按损失选一个大于 1 的温度可以纠正，而且
     不改变预测结果。
     """

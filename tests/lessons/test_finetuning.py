@@ -312,7 +312,7 @@ def test_sft_learns_the_next_token_of_answers_only():
     Often told: it is another kind of learning. It is the cross-entropy of the next token, with fewer targets.
     Code: data/examples.py Examples.tensors
     Break: data/examples.py Examples.tensors: `text[1:].masked_fill(~mask[1:], IGNORED)` becomes `text[1:]`
-    Source: Ouyang et al. (2022, arXiv 2203.02155), sec. 3; `completion_only_loss` of TRL for the targets
+    Source: Ouyang et al. (2022, arXiv 2203.02155), sec. 3; `assistant_only_loss` of TRL for the targets
     问: 监督微调 (SFT) 与预训练有什么区别？为什么只在回答上算损失？
     答: 模型和损失都不变，仍是预测下一个词元的交叉熵；通常把回答以外的目标设为 -100，
     损失只对回答（含结束符）的词元取平均，问题只作为条件，因为要学的是如何回答，而不是如何提问。
@@ -346,8 +346,9 @@ def test_sft_learns_the_next_token_of_answers_only():
 def test_one_pass_trains_every_turn_of_a_conversation():
     """How is a conversation of several turns learned?
 
-    As one sequence, with targets in all answers. As no position sees a later one, its loss in sum is that of
-    one sample for each answer with all before it, for far fewer tokens: with k equal turns 2/(k + 1) of them.
+    As one sequence, with targets in all answers. No position sees a later one, so its summed loss is that of
+    k samples, one for each answer with all before it. But far fewer tokens are read: with k equal turns 2/(k
+    + 1) of them.
 
     Often told: split it into k samples, or train on the last turn alone. The first is the same, but dearer;
     the second throws answers away.
@@ -454,7 +455,7 @@ def test_lora_needs_exactly_one_zero_matrix():
 
     One of them must be zero, or the start is not the base model. The other must not: the gradient of B is
     scaled by A, that of A by B, so if both are zero, neither ever moves. With B = 0, only B has a gradient at
-    the first step, then A has one too. A at zero and B at random would learn as well, but bears only smaller
+    the first step, then A has one too. A at zero and B at random would learn as well, but only with smaller
     learning rates (Hayou et al.).
 
     Often told: both start at zero, so that nothing changes. Then nothing learns, either.
@@ -463,8 +464,8 @@ def test_lora_needs_exactly_one_zero_matrix():
     `torch.ones(linear.out_features, rank, device=device)`
     Source: Hu et al. (2021, arXiv 2106.09685), sec. 4.1; Hayou et al. (2024, arXiv 2406.08447)
     问: LoRA 为什么把 B 初始化为零、A 随机初始化？两个都为零行不行？
-    答: 必须有一个为零，训练才从原模型开始；但不能都为零，因为 B 的梯度含因子 A，A 的梯度含因子 B，
-    两者全为零时梯度也全为零，永远不会更新。
+    答: 必须有一个为零，训练才从原模型开始；但不能都为零，因为 B 的梯度含因子 A，A 的梯度含因子 B，两者全为零
+    时梯度也全为零，永远不会更新。反过来让 A 为零也能训练，但只能用较小的学习率。
     """
     linear, x, target = nn.Linear(16, 8), torch.randn(20, 16), torch.randn(20, 8)
     rows = []
@@ -542,7 +543,7 @@ def test_the_number_of_parameters_of_lora_follows_from_the_config():
 
     Code: finetune.py add_lora
     Break: finetune.py add_lora: `name.endswith(MATRICES)` becomes `name.endswith(MATRICES[:4])`
-    Source: Hu et al. (2021, arXiv 2106.09685), sec. 4.2; PEFT prints the same counts
+    Source: Hu et al. (2021, arXiv 2106.09685), sec. 4.2 and 5.1; PEFT prints the same counts
     问: LoRA 的可训练参数量怎么算？
     答: 每个被更新的矩阵增加 r·(in + out) 个参数；r = 8 时，对 Llama 2 7B 每层的七个矩阵都加 LoRA，
     约占总参数的 0.3%，只加在 q、v 上约占 0.06%。
@@ -572,17 +573,17 @@ def test_the_number_of_parameters_of_lora_follows_from_the_config():
 def test_the_file_of_an_adapter_holds_the_update_alone(tmp_path):
     """How large is the file of a LoRA adapter? Can it be used alone?
 
-    As many bytes as its weights: the sum of r (in + out), times 2 in 16 bits. For ChatGLM-6B, with r = 8 on
-    its 28 fused matrices of q, k and v, that is 28 * 8 * (4096 + 12288) weights or 7.3 MB; for q and v of
-    Llama 2 7B it is 8.4 MB. The base is not in it, so it is of use only with the very base that it was
+    The sum of r (in + out) weights, with 2 bytes each in 16 bits, and a short header. For ChatGLM-6B, with r
+    = 8 on its 28 fused matrices of q, k and v, that is 28 * 8 * (4096 + 12288) weights or 7.3 MB; for q and v
+    of Llama 2 7B it is 8.4 MB. The base is not in it, so it is of use only with the very base that it was
     trained on.
 
     Code: finetune.py save_adapter
     Break: finetune.py save_adapter: `if ".lora_" in name` becomes `if ".layers." in name`
     Source: Hu et al. (2021, arXiv 2106.09685), sec. 4.2; the counts that PEFT prints for these settings
     问: LoRA 的权重文件有多大？可以单独使用吗？
-    答: 参数量等于各矩阵 r·(in + out) 之和，16 位时每个参数 2 字节，例如 ChatGLM-6B (r = 8) 约 7.3 MB；
-    文件里只有增量而没有基座模型，必须与训练时的同一个基座一起使用。
+    答: 参数量等于各矩阵 r·(in + out) 之和，16 位时每个参数 2 字节，例如对 ChatGLM-6B 的 28 个 qkv 融合矩阵取
+    r = 8，约 7.3 MB；文件里只有增量而没有基座模型，必须与训练时的同一个基座一起使用。
     """
     model = add_lora(drawn_model(), rank=8, alpha=16)
     n_learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -597,7 +598,7 @@ def test_the_file_of_an_adapter_holds_the_update_alone(tmp_path):
         layer = LoRALinear(nn.Linear(n_in, n_out, device="meta"), rank=8, alpha=16)
         n = n_matrices * (layer.lora_A.numel() + layer.lora_B.numel())
         rows.append((name, n, 2, 2 * n))
-    table("adapter, r = 8 | weights | bytes of each | bytes in the file", *rows)
+    table("adapter, r = 8 | weights | bytes of each | bytes, without the header", *rows)
     assert n_bytes == 4 * n_learned
     assert rows[1][1] == 3_670_016 and rows[2][1] == 4_194_304
 
@@ -607,8 +608,8 @@ def test_lora_saves_gradients_and_moments_but_not_the_forward_pass():
 
     The frozen matrices have no gradients and no moments. Of a layer's three products (forward, gradient of
     the input, gradient of the weight) the last is saved: about a third of the FLOPs at most. The forward pass
-    grows a little, and nearly all activations must still be kept, since the gradient passes through every
-    layer.
+    grows a little. Nearly all activations must still be kept: the gradient of A needs the same input as that
+    of W.
 
     Often told: LoRA is fast because few parameters are computed. All of them are computed; few learn.
     Code: finetune.py LoRALinear.forward
@@ -656,8 +657,8 @@ def test_nf4_fits_normal_weights_better_than_even_levels():
     Compare: finetune.py LoRALinear: its frozen weight keeps the dtype of the base
     Source: Dettmers et al. (2023, arXiv 2305.14314), sec. 3 and app. E, for the levels
     问: QLoRA 是什么？NF4 为什么好？
-    答: QLoRA 把冻结的基座以 4 位存储，计算时再反量化为 16 位，LoRA 增量仍用高精度训练；NF4 的 16 个值取自
-    正态分布的分位数，与近似正态分布的权重更匹配，误差比均匀量化更小。
+    答: QLoRA 把冻结的基座以 4 位存储，计算时再反量化为 16 位，LoRA 增量仍用高精度训练；NF4 的 16 个值取自正态
+    分布的分位数，与近似正态分布的权重更匹配，误差比均匀量化更小；缩放系数也量化后，每个权重约占 4.127 比特。
     """
     weight = Transformer(tiny_config(n_embd=512, n_hidden=512)).model.layers[0].mlp.gate_proj.weight.detach()
     rows = []
@@ -683,8 +684,8 @@ def test_adalora_gives_ranks_to_the_matrices_that_need_them():
     Compare: finetune.py add_lora: the same rank for every matrix
     Source: Zhang et al. (2023, arXiv 2303.10512), sec. 3
     问: AdaLoRA 与 LoRA 有什么不同？
-    答: LoRA 给每个矩阵相同的秩；AdaLoRA 把增量写成 P·diag(s)·Q，用权重与梯度之积的滑动平均给每个方向打分，
-    逐步把不重要的 s 置零，从而把总的秩预算分给更需要的矩阵。
+    答: LoRA 给每个矩阵相同的秩；AdaLoRA 把增量写成 P·diag(s)·Q，用 |权重 × 梯度| 的滑动平均乘以其波动给每个方
+    向打分，逐步把不重要的 s 置零，从而把总的秩预算分给更需要的矩阵。
     """
     C, needs, wanted = 24, (6, 2, 1), []
     for rank in needs:
@@ -724,8 +725,9 @@ def test_every_prompt_is_a_soft_prompt_and_every_soft_prompt_is_a_prefix():
 
     Prompt tuning learns n input vectors of a frozen model; P-tuning makes them by a small network. Prefix
     tuning and P-tuning v2 learn keys and values for n positions of each of L layers, 2 n L K D numbers with K
-    heads of width D. Tokens are a special case of learned vectors, and what the cache holds of vectors is a
-    special case of a prefix. All of them take up context.
+    heads of width D. The vectors of tokens are a special case of learned vectors; the keys and values that
+    vectors leave in the cache are a special case of a prefix. So each gives the same scores in the next form.
+    All take up context.
 
     Often told: P-tuning v2 is P-tuning with a longer prefix. It is prefix tuning: it acts in every layer.
     Code: model.py KVCache.begin
@@ -756,7 +758,7 @@ def test_every_prompt_is_a_soft_prompt_and_every_soft_prompt_is_a_prefix():
         prefix.learned.data = torch.stack((cache.k, cache.v), 1)[:, :, 0, :, :5].clone()
         as_cache = largest(model(ids, cache) - wanted)
         rows.append((name, largest(soft(ids) - wanted), as_cache, largest(prefix(ids) - wanted)))
-    table("before the text | difference, as a soft prompt | as a cache | as a prefix", *rows)
+    table("before the text | scores differ, as a soft prompt | as a cache | as a prefix", *rows)
     c = model.config
     sizes = soft.vectors.numel(), prefix.learned.numel()
     table("numbers to learn, as a soft prompt | as a prefix", sizes)
@@ -864,17 +866,18 @@ def test_all_weights_learn_a_new_language_best_and_lora_forgets_the_old_one_too(
 def test_dpo_starts_at_ln_2_and_learns_most_from_pairs_in_the_wrong_order():
     """What is DPO?
 
-    Direct preference optimisation: -ln sigmoid(margin), margin = b (ln p/p0 of the chosen answer - ln p/p0 of
-    the rejected one). At the start p = p0, and the loss is ln 2. The gradient of a pair is scaled by b
-    sigmoid(-margin): those that moved the right way count little. There is no model of rewards, and nothing
-    is drawn.
+    Direct preference optimisation learns from pairs of answers, one chosen and one rejected. Its loss is -ln
+    sigmoid(margin), margin = b (ln p/p0 of the chosen answer - ln p/p0 of the rejected one): p is the model's
+    probability of an answer, p0 that of the model at the start (the reference), b a constant such as 0.1. At
+    the start p = p0, and the loss is ln 2. The gradient of a pair is scaled by b sigmoid(-margin): those that
+    moved the right way count little. No separate reward model is trained, and nothing is drawn.
 
     Code: finetune.py measure_preference
     Break: finetune.py measure_preference: `(log_p - references).unbind(1)` becomes `log_p.unbind(1)`
     Source: Rafailov et al. (2023, arXiv 2305.18290), sec. 4, eq. 7
     问: DPO 的损失是什么？训练开始时等于多少？
-    答: 损失为 -ln σ(β·(chosen 的 ln p/p0 - rejected 的 ln p/p0))；开始时 p = p0，损失等于 ln 2 ≈ 0.693。
-    每对样本的梯度乘以 β·σ(-margin)，顺序仍然颠倒的样本对梯度最大。
+    答: 损失为 -ln σ(β·(chosen 的 ln p/p0 - rejected 的 ln p/p0))；p0 是参考模型（训练开始时的模型）给出的概
+    率，开始时 p = p0，损失等于 ln 2 ≈ 0.693。每对样本的梯度乘以 β·σ(-margin)，顺序仍然颠倒的样本对梯度最大。
     """
     model, beta = drawn_model(), 0.5
     ids = torch.randint(64, (3, 2, 8))  # three pairs, chosen and rejected
@@ -899,10 +902,10 @@ def test_dpo_starts_at_ln_2_and_learns_most_from_pairs_in_the_wrong_order():
 def test_dpo_can_make_the_chosen_answer_less_likely():
     """Does DPO make the chosen answers likelier?
 
-    Not always. Its loss knows only the odds of the chosen answer against the rejected one. The tokens that
-    the two share cancel out of these odds, so nothing holds them. Here they share all but the last: the loss
-    falls, and the right last token stays likely. But as the weights move, the tokens before it become less
-    likely, and with them the whole answer.
+    Not always. Its loss knows only the odds of the chosen answer against the rejected one. The tokens with
+    which both begin cancel out of these odds, so nothing holds them. Here the two differ in the last token
+    alone: the loss falls, and the right last token stays likely. But as the weights move, the tokens before
+    it become less likely, and with them the whole answer.
 
     Often told: DPO raises the probability of the chosen answer and lowers that of the rejected one. It
     raises their ratio.
@@ -910,8 +913,8 @@ def test_dpo_can_make_the_chosen_answer_less_likely():
     Break: finetune.py measure_preference: `beta * (chosen - rejected)` becomes `beta * chosen`
     Source: Razin et al. (2024, arXiv 2410.08847); Pal et al. (2024, arXiv 2402.13228)
     问: DPO 训练时 chosen 的概率为什么也会下降？
-    答: DPO 的损失只看 chosen 与 rejected 的概率之比，两者共有的词元在比值中相消，没有任何一项约束它们；
-    权重改变时，这些词元的概率可能下降，整个 chosen 的概率也随之下降，而损失仍在减小。
+    答: DPO 的损失只看 chosen 与 rejected 的概率之比，两者开头相同的词元在比值中相消，没有任何一项约束它们；权
+    重改变时，这些词元的概率可能下降，整个 chosen 的概率也随之下降，而损失仍在减小。
     """
     model = Transformer(tiny_config(vocab_size=16, n_layer=1, n_embd=32, n_head=2))
     chosen = torch.randint(16, (12, 8))
@@ -942,10 +945,11 @@ def test_dpo_can_make_the_chosen_answer_less_likely():
 def test_dpo_recovers_the_reward_of_the_preferences():
     """Why does DPO need no reward model?
 
-    The policy that maximises the mean of r - b ln p/p0 is p0 e^(r/b), divided by its sum. Turned round, b
-    ln p/p0 is the reward, up to a constant that is the same for all answers to a question. So DPO fits it to
-    preferences as a reward model would be fitted: here five answers have rewards, i is preferred to j with
-    probability sigmoid(r_i - r_j), and b ln p/p0 comes out as r.
+    Of all policies p (models that answer), the one with the largest mean of r - b ln p/p0, r being the reward
+    of an answer, is p0 e^(r/b), divided by its sum. Turned round, b ln p/p0 is the reward, up to a constant
+    that is the same for all answers to a question. So DPO fits it to preferences as a reward model would be
+    fitted: here five answers have rewards, i is preferred to j with probability sigmoid(r_i - r_j), and b ln
+    p/p0 comes out as r.
 
     Often told: DPO does without a reward. The policy is its reward model, as the paper's title says.
     Code: finetune.py measure_preference
@@ -981,7 +985,7 @@ def test_a_reward_model_learns_differences_only():
     changes nothing: they have no zero. It may be of another size than the policy, as in InstructGPT (6 and
     175 billion parameters).
 
-    Often told: it must be the policy's base model. It must only judge the same texts.
+    Often told: it must be the policy's base model. It only has to judge the same texts.
     Code: finetune.py measure_preference
     Break: finetune.py measure_preference: `beta * (chosen - rejected)` becomes `beta * chosen`
     Source: Ouyang et al. (2022, arXiv 2203.02155), sec. 3.5, eq. 1
@@ -1010,7 +1014,7 @@ def test_a_reward_model_learns_differences_only():
     chosen, rejected = pairs(400)
     with torch.no_grad():
         rows = [(constant, *measure(chosen, rejected, constant)[:3]) for constant in (0, 100)]
-    table("added to all rewards | loss | margin | pairs in the right order", *rows)
+    table("added to all rewards | loss | margin | share of pairs in the right order", *rows)
     assert rows[0][3] > 0.9 and abs(rows[0][1] - rows[1][1]) < 1e-3
 
 
@@ -1022,7 +1026,8 @@ def test_the_clip_of_ppo_stops_an_answer_that_has_moved_far_enough():
     about 0.2. At the first update r = 1, and the gradient is that of REINFORCE. Once r is beyond 1 + e with A
     above 0, or below 1 - e with A below 0, there is none. An answer that moved the wrong way is not stopped.
 
-    Often told: the clip keeps r between 1 - e and 1 + e. It only takes the gradient away out there.
+    Often told: the clip keeps r between 1 - e and 1 + e. It only takes away the gradient that would push r
+    further out.
     Code: finetune.py RewardLoss.forward
     Break: finetune.py RewardLoss.forward: `(weights * nats).sum()` becomes `nats.sum()`
     Source: Schulman et al. (2017, arXiv 1707.06347), sec. 3, eq. 7
@@ -1110,21 +1115,21 @@ def test_ppo_reuses_its_answers_and_holds_four_models():
 def test_a_baseline_without_the_answer_itself_changes_the_variance_and_not_the_mean():
     """Why is the mean reward of the other answers subtracted?
 
-    A reward times the gradient of the answer's ln p is right on average. What does not depend on the answer,
-    such as the mean reward of the other G - 1, can be subtracted: the average stays, and it no longer matters
-    whether rewards are 0 and 1 or 10 and 11. The mean of all G holds the answer's own reward, and with it the
-    gradient is (G - 1)/G of what it should be.
+    Of G answers to a question, each gives its reward times the gradient of its ln p: on average that is the
+    gradient of the mean reward. What does not depend on the answer can be subtracted, and the average stays.
+    With the mean reward of the other G - 1 it no longer matters whether rewards are 0 and 1 or 10 and 11. The
+    mean of all G holds the answer's own reward, and with it the gradient is (G - 1)/G of what it should be.
 
     Often told: a baseline always lowers the variance. Not where rewards are 0 and 1 and the model is mostly
     right: without it, wrong answers push nothing.
     Code: finetune.py advantages
     Break: finetune.py advantages: `rewards - others / (rewards.size(1) - 1)` becomes `rewards -
     rewards.mean(1, keepdim=True)`
-    Source: Williams (1992), sec. 6; Kool et al. (2019, "Buy 4 REINFORCE samples, get a baseline for free!");
+    Source: Williams (1992), sec. 4; Kool et al. (2019, "Buy 4 REINFORCE samples, get a baseline for free!");
     Ahmadian et al. (2024, arXiv 2402.14740)
     问: 策略梯度为什么要减去基线？用组内均值和用其他样本的均值有什么不同？
-    答: 减去与该回答无关的基线不改变梯度的期望，只改变方差，而且奖励是 0/1 还是 10/11 不再有影响；
-    用其余 G-1 个回答的均值是无偏的，用全组均值则包含自身，梯度会缩小到 (G-1)/G。
+    答: 减去与该回答无关的基线不改变梯度的期望，只改变方差；减去均值后，奖励是 0/1 还是 10/11 不再有影响。减去
+    其余 G-1 个回答的均值是无偏的，用全组均值则包含自身，梯度会缩小到 (G-1)/G。
     """
     G = 4
 
@@ -1164,10 +1169,10 @@ def test_a_baseline_without_the_answer_itself_changes_the_variance_and_not_the_m
 def test_a_reward_that_can_be_gamed_is_gamed(monkeypatch):
     """What is reward hacking?
 
-    The model learns what is rewarded, not what was meant. It shall answer a letter with the next one. If the
-    right answer alone earns 1, it learns that. If a rater gives a third of a point for an answer that
-    contains the right letter, and up to two thirds for its length, answers grow long: the reward rises, and
-    right answers become rare.
+    The model learns what is rewarded, not what was meant. Here it is asked to answer a letter with the next
+    one. If the right answer alone earns 1, it learns that. If a rater gives a third of a point for an answer
+    that contains the right letter, and up to two thirds for its length, answers grow long: the reward rises,
+    and right answers become rare.
 
     Often told: it takes a clever model. It takes a gradient.
     Code: finetune.py reward
@@ -1222,10 +1227,10 @@ def test_a_reward_that_can_be_gamed_is_gamed(monkeypatch):
 def test_pass_at_1_rises_while_pass_at_8_falls():
     """Does learning from rewards teach something new?
 
-    It makes likelier what the model already draws at times. pass@k, the chance that one of k answers is
-    right, is 1 - (1 - p)^k for one question. Here two methods suit different questions, which the model
-    cannot tell apart: first it tries both, and one of 8 answers is nearly always right. It learns to use the
-    better one always: pass@1 rises, and the questions of the other are lost, however often it tries.
+    Mostly it makes likelier what the model already draws at times. pass@k, the chance that at least one of k
+    answers is right, is 1 - (1 - p)^k for one question. Here two methods suit different questions, which the
+    model cannot tell apart: first it tries both, and one of 8 answers is nearly always right. It learns to
+    use the better one nearly always: pass@1 rises, the questions of the other are lost, and pass@8 falls.
 
     Often told: a higher score means that the model solves more. It may solve fewer, more often.
     Code: finetune.py measure_rewards

@@ -52,8 +52,8 @@ def test_the_cosine_distance_of_a_block_that_does_nothing_is_zero(reader_of_the_
     Break: model.py Block.forward: `return x + self.dropout(` becomes `return self.dropout(`
     Source: Men et al. (2024, arXiv 2403.03853), "block influence"
     问: 如何判断模型的哪些层重要？
-    答: 可以看块的输入与输出的余弦距离 1 − cos，对所有词元取平均：0 表示方向不变，1 表示转了 90 度。什么都不做
-    的块距离为 0，删掉后结果不变；只改变长度的块距离也是 0，所以这只是一个参考指标。
+    答: 可以看块的输入与输出的余弦距离 1 − cos，对所有词元取平均：0 表示方向不变，1 表示转了 90 度，2 表示反
+    向。什么都不做的块距离为 0，删掉后结果不变；只改变长度的块距离也是 0，所以这只是一个参考指标。
     """
     model, ids = reader_of_the_speech, to_ids(SPEECH[:32])[None]
     idle, twice, without = copy.deepcopy(model), copy.deepcopy(model), copy.deepcopy(model)
@@ -90,11 +90,11 @@ def test_the_logit_lens_needs_the_final_norm(reader_of_the_speech):
     rows = []
     for i, logits in enumerate(logit_lens(model, ids[:, :-1])):
         likely = " ".join(repr(CHARACTERS[token]) for token in logits[-1].topk(3).indices)
-        rows.append((f"{i} blocks", likely, F.cross_entropy(logits, ids[0, 1:]).item()))
+        rows.append((i, likely, F.cross_entropy(logits, ids[0, 1:]).item()))
     last = streams(model, ids[:, :-1])[-1]
     without = F.cross_entropy(model.head(last), ids[0, 1:]).item()
-    heads = "after | likeliest after 'Four score and seven year' | loss"
-    table(heads, *rows, ("2 blocks, no norm", "", without))
+    heads = "blocks | likeliest after 'Four score and seven year' | loss"
+    table(heads, *rows, ("2, without the norm", "", without))
     assert abs(rows[-1][2] - model.loss(ids[:, :-1], ids[:, 1:]).item()) < 1e-5
     assert rows[0][2] > rows[-1][2] and abs(without - rows[-1][2]) > 0.05
 

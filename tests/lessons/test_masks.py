@@ -115,19 +115,20 @@ def test_masking_is_minus_infinity_before_the_softmax():
 
 
 def test_a_row_that_sees_nothing_is_nan_with_infinity_and_uniform_with_a_huge_number():
-    """Why do many codes add a huge negative number instead of minus infinity?
+    """Why do many programs add a huge negative number instead of minus infinity?
 
-    Because a query that sees no key gives 0/0 with -inf, and harmless equal weights with a finite number. It
-    must fit the dtype: -1e9 is -inf in float16, whose largest number is 65504. PyTorch's attention, which is
-    called here, gives zeros for such a row of a boolean mask.
+    Because a query that sees no key gives 0/0 with -inf, and equal weights with a finite number beside which
+    the scores vanish: harmless, if nobody reads that row. It must fit the dtype: -1e9 is -inf in float16,
+    whose largest number is 65504. PyTorch's attention, which is called here, gives zeros for such a row of a
+    boolean mask.
 
     Often told: -1000 is enough. In a row without any key it is added to all scores, and changes nothing.
     Code: model.py Attention.forward
     Break: model.py Attention.forward: `attn_mask=mask` becomes `attn_mask=torch.where(mask, 0.0, -1e9)`
     Source: torch.finfo; the documentation of scaled_dot_product_attention
     问: 为什么很多代码用一个很大的负数而不是 -inf 做掩码？
-    答: 若某个 query 一个键都看不到，全为 -inf 时 softmax 得 0/0 即 NaN，有限大数则得到均匀权重；该数须在数据
-    类型范围内， float16 中 -1e9 就是 -inf。
+    答: 若某个 query 一个键都看不到，全为 -inf 时 softmax 得 0/0 即 NaN，大到淹没所有分数的有限数则得到均匀权
+    重；该数须在数据类型范围内，float16 中 -1e9 就是 -inf。
     """
     T = 3
     scores, rows = torch.tensor([0.3, -0.2, 1.0]), []
@@ -150,8 +151,9 @@ def test_with_the_diagonal_masked_the_first_token_sees_nothing():
     """Does the causal mask hide the diagonal, too?
 
     No. Position t may see its own token, for its target is token t + 1. With the diagonal hidden the first
-    token would have no key at all, which is 0/0. The others would not go blind to themselves: the stream
-    carries each token past attention. But no head could weigh a token against those before it.
+    token would have no key at all, which is 0/0 (PyTorch's attention makes it 0). The others would not go
+    blind to themselves: the stream carries each token past attention. But no head could weigh a token against
+    those before it.
 
     Often told: the upper triangle is hidden, with or without the diagonal, as you like.
     Code: model.py Attention.forward
@@ -160,7 +162,7 @@ def test_with_the_diagonal_masked_the_first_token_sees_nothing():
     Source: Vaswani et al. (2017), sec. 3.2.3; the documentation of torch.tril
     问: 因果掩码要不要把对角线也遮住？
     答: 不要：位置 t 的预测目标是第 t+1 个词元，看到自己并不泄露答案；若遮住对角线，第一个词元就没有任何可看的
-    键，softmax 变成 0/0。
+    键，softmax 变成 0/0（PyTorch 的注意力此时返回 0）。
     """
     T, model = 4, drawn_model()
     attention, x = model.model.layers[0].self_attn, torch.randn(T, 64)
@@ -190,8 +192,8 @@ def test_a_triangle_aligned_at_the_top_left_hides_most_of_a_cache():
     Break: model.py Attention.forward: `attn_mask=mask` becomes `is_causal=True`
     Source: the documentation of scaled_dot_product_attention
     问: 带 KV 缓存解码时该用什么掩码？
-    答: 每步只有一个新词元时不需要掩码，它能看到全部 S 个键；一次读入 T 个新词元时要用右下对齐的 tril(S−T)，
-    而 PyTorch 的 is_causal=True 是左上对齐，会让新词元只看到最前面的键。
+    答: 每步只有一个新词元、且各行长度相同时不需要掩码，它能看到全部 S 个键；一次读入 T 个新词元时要用右下对齐
+    的 tril(S−T)，而 PyTorch 的 is_causal=True 是左上对齐，会让新词元只看到最前面的键。
     """
     model, S = drawn_model(), 8
     ids = torch.randint(64, (1, S))
@@ -219,7 +221,7 @@ def test_masked_padding_on_the_left_or_right_is_the_same_to_rope():
 
     Not with a mask: hidden padding adds nothing, and RoPE knows offsets only, so that positions shifted by
     the padding change nothing. Without a mask, padding on the right is harmless to a causal model, on the
-    left not.
+    left not. (Added positions, such as GPT-2's, must be counted from the first real token.)
 
     Often told: models must be trained with the padding on one side.
     Code: model.py Attention.forward
@@ -227,8 +229,8 @@ def test_masked_padding_on_the_left_or_right_is_the_same_to_rope():
     `apply_rope(q, cos, sin), k`
     Source: Su et al. (2021), eq. 16, for the offsets
     问: 训练时右填充、生成时左填充，有影响吗？
-    答: 只要有掩码就没有影响：被遮住的填充不起作用，RoPE 只依赖相对位置，整体平移不改变结果；没有掩码时，
-    右填充对因果模型无害，左填充有害。
+    答: 只要有掩码就没有影响：被遮住的填充不起作用，RoPE 只依赖相对位置，整体平移不改变结果（GPT-2 那样的绝对
+    位置则须从第一个真实词元数起）；没有掩码时，右填充对因果模型无害，左填充有害。
     """
     T, P = 9, 5
     model, ids = drawn_model(), torch.randint(1, 64, (1, T))
@@ -288,9 +290,9 @@ def test_right_padding_needs_no_mask_in_training_but_targets_that_do_not_count()
 def test_generation_in_batches_must_read_the_last_real_token():
     """Why do libraries pad on the left to generate?
 
-    Because then logits[:, -1] is what follows the last token of each row. With padding on the right that is
-    padding in shorter rows; logits[i, length_i - 1] is as right as padding on the left. A cache with a length
-    for each row, as here, lets the new tokens overwrite the padding.
+    Because then logits[:, -1] is what follows the last token of each row. With padding on the right, shorter
+    rows end with padding there; logits[i, length_i - 1] is as right as padding on the left. A cache with a
+    length for each row, as here, lets the new tokens overwrite the padding.
 
     Often told: there is no mask when generating, so that the output is undefined.
     Code: sample.py prefill
@@ -324,16 +326,16 @@ def test_generation_in_batches_must_read_the_last_real_token():
 def test_a_prefix_model_looks_both_ways_inside_the_prompt():
     """What is a prefix language model?
 
-    One whose P prompt tokens see each other both ways, the rest only what is before it: P(P-1)/2 more pairs
-    than the T(T+1)/2 of a causal one. Only the mask differs; the layers are the same. A causal model is
-    trained on all its tokens, a prefix model on what follows the prefix.
+    One whose P prompt tokens see each other both ways, the rest only themselves and what is before: P(P-1)/2
+    more pairs than the T(T+1)/2 of a causal one. Only the mask differs; the layers are the same. A causal
+    model is trained on all its tokens, a prefix model on what follows the prefix.
 
     Code: model.py Attention.forward
     Break: model.py Attention.forward: `mask = mask.repeat(` becomes `mask = mask.tril().repeat(`
     Source: Raffel et al. (2020, arXiv 1910.10683), sec. 3.2; Wang et al. (2022, arXiv 2204.05832)
     问: 什么是 Prefix LM？它和因果语言模型有什么区别？
-    答: 前 P 个提示词元之间双向可见，其余词元只看前面，比因果掩码多 P(P−1)/2 对；模型结构不变，只是掩码不同，
-    损失只计前缀之后的词元。
+    答: 前 P 个提示词元之间双向可见，其余词元只看自己和前面，比因果掩码多 P(P−1)/2 对；模型结构不变，只是掩码
+    不同，损失只计前缀之后的词元。
     """
     T, P = 8, 3
     prefix = causal(T)
@@ -355,15 +357,15 @@ def test_with_a_mask_of_blocks_packed_documents_are_read_as_if_alone():
 
     Under a plain causal mask the second document sees the first. With a mask that is also closed between
     documents, a row gives what each of them gives alone; with RoPE the positions need not even start again.
-    Many models, GPT-3 and this one, do without: a token such as <|endoftext|> between the documents tells the
-    model that what follows is about something else. Llama 3 was trained with such a mask.
+    Llama 3 was trained with such a mask. Many models, GPT-3 and this one among them, do without: a token such
+    as <|endoftext|> between the documents tells the model that what follows is about something else.
 
     Compare: data/loader.py Blocks: cut from one long stream of documents, with a plain causal mask
     Source: Krell et al. (2021, arXiv 2107.02027); Brown et al. (2020, arXiv 2005.14165), app. B; Grattafiori
     et al. (2024, arXiv 2407.21783), sec. 3.2
     问: 把多个短文档拼接（packing）到同一序列会有什么问题？
-    答: 只用因果掩码时后面的文档会看到前面的文档；改用按文档分块的因果掩码，结果与单独计算完全一致，
-    且用 RoPE 时位置不必重新从 0 开始。也有不少模型只靠 <|endoftext|> 分隔而不加这种掩码。
+    答: 只用因果掩码时后面的文档会看到前面的文档；改用按文档分块的因果掩码，结果与单独计算完全一致，且用 RoPE
+    时位置不必重新从 0 开始。Llama 3 用了这种掩码，GPT-3 等不少模型则只靠 <|endoftext|> 分隔。
     """
     model = drawn_model()
     first, second = torch.randint(64, (1, 5)), torch.randint(64, (1, 6))

@@ -120,8 +120,8 @@ def test_the_number_of_parameters_follows_from_the_config():
     width C, L layers, H heads, K heads of keys and values, both of width D, and an MLP of width F. Besides
     norms and biases all are matrices; RoPE adds none.
 
-    Often told: 12 L C^2. That is GPT-2's: an MLP of two matrices of 4 C, as many key as query heads, and no
-    embedding counted. It fits Llama 2 7B to 5 %, but Qwen2 0.5B has twice as many.
+    Often told: 12 L C^2. That is for GPT-2: an MLP of two matrices, C by 4 C, as many key as query heads, and
+    no embedding counted. It fits Llama 2 7B to 5 %, but Qwen2 0.5B has twice as many.
     Code: model.py Config.num_params
     Break: model.py Config.num_params: `3 * C * self.n_hidden` becomes `2 * C * self.n_hidden`
     Source: the config.json and the published sizes of these models
@@ -152,8 +152,8 @@ def test_training_with_adamw_takes_sixteen_bytes_per_parameter_and_with_muon_twe
     """How much memory does training all weights take?
 
     With AdamW in float32: weights 4, gradients 4, two moments 8, together 16 bytes per parameter. In mixed
-    precision with 16-bit weights it is 2 + 2 + 4 (a float32 copy of the weights) + 8, which is 16 again. Muon
-    keeps one moment, so 12 in float32. Activations come on top.
+    precision with 16-bit weights it is 2 + 2 + 4 (a float32 copy of the weights) + 8, which is 16 again.
+    Muon, for the matrices of the blocks, keeps one moment, so 12 in float32. Activations come on top.
 
     Often told: four times the model. Four times its size in float32 is eight times its size in 16 bits.
     Code: train.py make_optimizers
@@ -161,7 +161,8 @@ def test_training_with_adamw_takes_sixteen_bytes_per_parameter_and_with_muon_twe
     Source: Rajbhandari et al. (2020, arXiv 1910.02054), sec. 3.1; Jordan et al. (2024), "Muon"
     问: 全参数训练需要多少显存？
     答: float32 下用 AdamW，每个参数需要权重 4 字节、梯度 4 字节、一阶和二阶动量共 8 字节，合计 16 字节；混合
-    精度是 2 + 2 + 4（float32 主权重）+ 8，同样是 16 字节。Muon 只有一个动量，所以是 12 字节。激活值另算。
+    精度是 2 + 2 + 4（float32 主权重）+ 8，同样是 16 字节。Muon（用于各块的矩阵）只有一个动量，float32 下是 12
+    字节。激活值另算。
     """
     model, ids = drawn_model(), torch.randint(64, (2, 9))
     muon, adamw = make_optimizers(model, 0.01, 0.1, torch.float32)
@@ -196,19 +197,21 @@ def test_training_with_adamw_takes_sixteen_bytes_per_parameter_and_with_muon_twe
 def test_activations_follow_from_the_config_and_the_number_of_tokens():
     """What else does training keep in memory, and how much of it?
 
-    The tensors saved for the backward pass, called activations: what enters each norm and each matrix, and q,
-    k and v. In float32 these are 24 C + 12 H D + 8 K D + 16 F bytes for each token and layer, F being the
-    width of the MLP. They grow with the batch, and soon they are most of the memory. Products in 16 bits save
-    less than half of them: norms stay in float32, and casts leave copies. Without attention in tiles and a
-    loss in pieces, T x T weights of each head and T x V scores come on top.
+    The tensors saved for the backward pass, called activations: what enters each norm, each matrix, SiLU and
+    each elementwise product; and q, k, v and the output of attention. In float32 these are 24 C + 12 H D + 8
+    K D + 16 F bytes for each token and layer, F being the width of the MLP. They grow with the batch, and
+    soon they are most of the memory. Products in 16 bits save less than half of them: norms stay in float32,
+    and casts leave copies. Without attention in tiles and a loss in pieces, T x T weights of each head and T
+    x V scores come on top.
 
     Often told: the memory of training is a multiple of the parameters. That leaves out the activations.
     Code: model.py MLP.forward
     Break: model.py MLP.forward: `F.silu(self.gate_proj(x))` becomes `self.gate_proj(x).relu()`
     Source: Korthikanti et al. (2022, arXiv 2205.05198), sec. 4, count them for GPT-2's block
     问: 除了权重、梯度和优化器状态，训练时显存里还有什么？占多少？
-    答: 还有为反向传播保存的激活值：float32 下每个词元、每层约 24C + 12HD + 8KD + 16F 字节。它不是参数量的固定
-    倍数，而是随批大小、序列长度和层数增长，往往很快成为显存的大头。
+    答: 还有为反向传播保存的激活值（归一化、矩阵、SiLU 和逐元素乘法的输入，以及注意力的 q、k、v 和输
+    出）：float32 下每个词元、每层约 24C + 12HD + 8KD + 16F 字节。它不是参数量的固定倍数，而是随批大小、序列长
+    度和层数增长，往往很快成为显存的大头。
     """
     model, ids = drawn_model(n_layer=4), torch.randint(64, (4, 33))
     inputs, targets = ids[:, :-1], ids[:, 1:]
@@ -354,15 +357,15 @@ def test_sharding_divides_what_every_process_would_hold_alike():
     """What are ZeRO and FSDP?
 
     N processes that train copies of one model all hold the same weights, gradients and moments. ZeRO 1 shards
-    the moments: each process updates its share of the weights and sends it to the others. ZeRO 2 also shards
-    the gradients, and ZeRO 3, which is FSDP, the weights: those of a layer are gathered when it is computed.
-    Of 16 bytes per parameter 8 + 8/N, 4 + 12/N and 16/N are left in float32, and 4 + 12/N, 2 + 14/N and 16/N
-    in mixed precision. The result is the same with AdamW, which looks at each weight by itself; Muon needs
-    whole matrices. ZeRO 1 and 2 send as much as plain data parallelism, ZeRO 3 half as much again;
-    activations are not sharded.
+    the moments (in mixed precision with the float32 copy): each process updates its share of the weights and
+    sends it to the others. ZeRO 2 also shards the gradients, and ZeRO 3, which is FSDP, the weights: those of
+    a layer are gathered when it is computed. Of 16 bytes per parameter 8 + 8/N, 4 + 12/N and 16/N are left in
+    float32, and 4 + 12/N, 2 + 14/N and 16/N in mixed precision. The result is the same with AdamW, which
+    looks at each weight by itself; Muon needs whole matrices. ZeRO 1 and 2 send as much as plain data
+    parallelism (DDP), ZeRO 3 half as much again; activations are not sharded.
 
-    Often told: ZeRO shards the optimizer's state (that is stage 1); it splits the computation of a layer
-    (that is tensor parallelism).
+    Often told: ZeRO shards the optimizer's state alone. That is stage 1. Or: it splits the computation of a
+    layer. That is tensor parallelism.
     Compare: train.py parallel: data parallelism, where every process holds everything
     Source: Rajbhandari et al. (2020, arXiv 1910.02054), fig. 1, sec. 5 and 7
     问: ZeRO 和 FSDP 是什么？三个阶段各省多少？
@@ -416,10 +419,10 @@ def test_sharding_divides_what_every_process_would_hold_alike():
 def test_matrices_split_by_columns_then_rows_need_one_sum():
     """How is a block computed by several devices at once (tensor parallelism)?
 
-    The first matrix of a pair is split by its outputs, the second by its inputs. Between them nothing mixes
-    the parts: SiLU and the gate act on each channel by itself, attention on each head. So each device
-    computes its share alone, and one sum over the devices (all-reduce) gives the result: two sums for a block
-    going forward. A query head must stay with the keys and values of its group.
+    The first matrix of a pair is split by its outputs (the columns, in x W), the second by its inputs (rows).
+    Between them nothing mixes the parts: SiLU and the gate act on each channel by itself, attention on each
+    head. So each device computes its share alone, and one sum over the devices (all-reduce) gives the result:
+    two sums for a block going forward. A query head must stay with the keys and values of its group.
 
     Often told: cut every matrix into equal halves. A fused matrix of q, k and v, cut in the middle, may leave
     one device with nothing but queries.
@@ -580,7 +583,8 @@ def test_the_bytes_of_a_kv_cache_follow_from_the_config():
     Source: Shazeer (2019, arXiv 1911.02150); Pope et al. (2022, arXiv 2211.05102)
     问: KV 缓存占多少显存？为什么生成时显存不断增长？
     答: 每个词元在每层留下一个 K 和一个 V，共 2LKD 个数：16 位时 Llama 2 7B 每个词元 512 KiB，4096 个词元 2
-    GiB；Llama 3 8B 用 GQA（8 个键值头），降到 128 KiB。增长的是缓存，不是内存泄漏。
+    GiB；Llama 3 8B 用 GQA（8 个键值头），降到 128 KiB。增长的是缓存，不是内存泄漏；PyTorch 还会留着已释放的显
+    存，工具显示的数值因此偏大。
     """
     shapes = {
         "Llama 2 7B": LLAMA_2_7B,
@@ -606,7 +610,7 @@ def test_cached_decoding_gives_the_same_scores_for_far_fewer_flops():
 
     Without it, T tokens cost 1 + 2 + ... + T token passes, with it T. Under a causal mask old keys and values
     never change, so that the scores are the same but for rounding. Old queries are not kept: no one needs
-    them again. (The products of queries and keys are not counted below; they shrink even more.)
+    them again. (The products of queries and keys are not counted here; they shrink even more.)
 
     Code: model.py KVCache.begin
     Break: model.py KVCache.begin: `self.lengths += T` becomes `self.lengths += 0`
@@ -694,7 +698,7 @@ def test_yoco_caches_keys_and_values_once():
     Source: Sun et al. (2024, arXiv 2405.05254)
     问: YOCO 是什么？为什么省 KV 缓存？
     答: YOCO 的下半部分用滑动窗口等缓存大小固定的注意力，其输出只生成一组 K、V，供上半部分所有层共用，因此随长
-    度增长的缓存从 L 层变成 1 层；预填充时提示词只需经过下半部分。整个模型都是因果的。
+    度增长的缓存从 L 层变成 1 层；预填充时除最后一个位置外，提示词只需经过下半部分。整个模型都是因果的。
     """
     T, window = 12, causal(12) & ~causal(12).tril(-4)
     model = drawn_model(n_layer=4)
@@ -737,9 +741,9 @@ def test_yoco_caches_keys_and_values_once():
 def test_paged_attention_is_a_way_to_allocate():
     """What is PagedAttention?
 
-    The cache lies in blocks of fixed size, and a table for each sequence says which. Attention computes what
-    it always does. What is wasted falls from (reserved - used) to less than a block for each sequence, and
-    sequences with the same beginning can share blocks.
+    The cache lies in blocks of a fixed number of slots, one for each token, and a table for each sequence
+    says which blocks are its own. Attention computes what it always does. What is wasted falls from (reserved
+    - used) to less than a block for each sequence, and sequences with the same beginning can share blocks.
 
     Often told: only the scores of the current page are computed; it handles sequences larger than memory.
     Compare: model.py KVCache: reserves the full length of every row at once
@@ -807,7 +811,7 @@ def test_decoding_reads_every_weight_for_two_flops_per_stream():
     A step of decoding reads every matrix and does two FLOPs with each weight for every stream. For one stream
     in 16 bits that is one FLOP per byte, where processors could do tens (CPUs) or hundreds (GPUs). So a token
     takes at least the time to read all weights, and fewer bytes help, if a kernel reads them as they are.
-    With many streams arithmetic decides.
+    With many streams arithmetic decides, and int8 helps only if it is multiplied faster, too.
 
     Often told: int8 is always faster. LLM.int8() saves memory and may be slower than float16.
     Code: sample.py one_token
@@ -816,7 +820,8 @@ def test_decoding_reads_every_weight_for_two_flops_per_stream():
     al. (2022, arXiv 2208.07339) on the speed of LLM.int8()
     问: int8 量化一定比 float16 快吗？
     答: 不一定。单路解码每步要读一遍全部权重，而每个权重只做 2 FLOPs，瓶颈是显存带宽，因此内核若能直接读取
-    int8，字节减半就能更快；并发量大时瓶颈变成算力，这个好处就没有了。LLM.int8() 省显存，但可能比 float16 慢。
+    int8，字节减半就能更快；并发量大时瓶颈变成算力，这个好处就没有了，除非乘法本身也用更快的 int8。LLM.int8()
+    省显存，但可能比 float16 慢。
     """
     model = drawn_model()
 
@@ -854,16 +859,16 @@ def test_one_large_number_ruins_the_one_scale_of_int8():
     A scale maps the largest number of its group to 127. If one number of a matrix is a hundred times as large
     as the others, one scale for all leaves most of them at 0. A scale for each row confines the damage to its
     row. Large numbers in the activations of large models are worse: they stand in the same few channels of
-    nearly all tokens, so that a scale for each token does not help. LLM.int8() multiplies these channels in
-    16 bits.
+    most tokens, so that a scale for each token does not help. LLM.int8() multiplies these channels in 16
+    bits.
 
     Often told: a scale for each token is enough for activations.
     Compare: sample.py PackedLinear: changes the order of the weights in memory and not one bit of them
     Source: Dettmers et al. (2022, arXiv 2208.07339), sec. 3 and 4
     问: int8 量化为什么怕离群值？怎么解决？
     答: 缩放系数由组内最大值决定，若整个矩阵共用一个系数，一个离群值就会让其余大多数数被舍入为 0；权重改为每行
-    一个系数即可。激活的离群值集中在少数固定通道，几乎每个词元都有，逐词元缩放无济于事，LLM.int8() 的办法是把
-    这些通道留在 16 位计算。
+    一个系数即可。激活的离群值集中在少数固定通道，多数词元都有，逐词元缩放无济于事，LLM.int8() 的办法是把这些
+    通道留在 16 位计算。
     """
     block = drawn_model().model.layers[0]
     weight = block.mlp.up_proj.weight.detach().clone()

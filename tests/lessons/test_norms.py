@@ -68,8 +68,8 @@ def test_layernorm_divides_by_the_biased_deviation_of_one_token():
     """What is LayerNorm?
 
     y = g (x - mean) / sqrt(var + eps) + b, with mean and variance over the channels of one token. The
-    variance divides by n, not n - 1, and eps stands inside the root. Mean 0 and variance 1 hold before g and
-    b only.
+    variance divides by n, not n - 1, and eps stands inside the root. Mean 0 and variance 1 hold, but for eps,
+    before g and b only.
 
     Compare: model.py Block: RMSNorm, without mean and bias
     Source: Ba et al. (2016, arXiv 1607.06450), eq. 3 and 4
@@ -102,15 +102,15 @@ def test_rmsnorm_drops_the_mean_and_the_bias():
     """What is RMSNorm, and how does it differ from LayerNorm?
 
     y = g x / sqrt(mean(x^2) + eps). No mean is subtracted and no bias added: one sum over the channels
-    instead of two, and half the parameters. On inputs of mean zero both are the same.
+    instead of two, and half the parameters. On inputs of mean zero both are the same if b = 0.
 
     Often told: RMSNorm is for RNNs and LayerNorm for CNNs; it normalises the whole input at once.
     Code: model.py Block
     Break: model.py Block: `self.input_layernorm = nn.RMSNorm(` becomes `self.input_layernorm = nn.LayerNorm(`
     Source: Zhang & Sennrich (2019, arXiv 1910.07467), eq. 4
     问: RMSNorm 与 LayerNorm 有什么区别？
-    答: RMSNorm 是 y = g·x / √(mean(x²) + ε)，不减均值、不加偏置，少算一次求和，参数减半；输入均值为 0 时两者
-    结果相同。
+    答: RMSNorm 是 y = g·x / √(mean(x²) + ε)，不减均值、不加偏置，少算一次求和，参数减半；输入均值为 0（且 b =
+    0）时两者结果相同。
     """
     norm, x = Block(tiny_config()).input_layernorm, torch.randn(4, 64)
     nn.init.normal_(norm.weight)
@@ -132,8 +132,8 @@ def test_rmsnorm_ignores_the_scale_of_its_input_but_not_a_shift():
     """Why does it not hurt that RMSNorm drops the mean?
 
     LayerNorm gives the same for x, 7 x and x + 3, RMSNorm only for x and 7 x (as long as x is large against
-    the root of eps). Its authors argue that it is ignoring the scale that steadies training, and they find
-    models about as good that do not ignore a shift.
+    the root of eps). Its authors argue that LayerNorm steadies training because it ignores the scale, not
+    because it ignores a shift; in their experiments RMSNorm does about as well.
 
     Code: model.py Block
     Break: model.py Block: `self.post_attention_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)`
@@ -201,7 +201,7 @@ def test_a_pre_norm_block_is_the_identity_while_its_sublayers_give_zero():
     """Where exactly does a norm stand in pre-norm and post-norm?
 
     Pre-norm is x + F(norm(x)), post-norm is norm(x + F(x)). With F = 0 the first is the identity, a clean
-    path for the gradient, and the second still normalises. Blocks here start that way.
+    path for the gradient, and the second still normalises. Blocks here start with F = 0.
 
     Often told: pre-norm is x + norm(F(x)). That norm undoes any scale of F: a thousandfold F adds the same
     (which OLMo 2 does on purpose).
@@ -244,13 +244,14 @@ def test_gpt_1_and_bert_are_post_norm_and_gpt_2_and_llama_are_pre_norm():
 
     GPT-1 and BERT: LayerNorm, post-norm. GPT-2: LayerNorm, pre-norm, and one more behind the last block;
     GPT-3 the same. Llama, Mistral and Qwen, and the blocks here: RMSNorm, pre-norm, and one more at the end.
-    The code of a model tells: if all matrices of a block are zero, a pre-norm block returns its input.
+    A test tells: with zeros for all matrices and biases, a pre-norm block returns its input.
 
     Often told: GPT-3 is post-norm; the GPTs use a GPT-Norm, which does not exist.
     Code: model.py Block.forward
     Break: model.py Block.forward: `return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))`
     becomes `return self.post_attention_layernorm(x + self.dropout(self.mlp(x)))`
-    Source: Radford et al. (2019), sec. 2.3; Brown et al. (2020), sec. 2.1; Touvron et al. (2023), sec. 2.2
+    Source: Radford et al. (2019), sec. 2.3; Brown et al. (2020, arXiv 2005.14165), sec. 2.1; Touvron et al.
+    (2023, arXiv 2302.13971), sec. 2.2
     问: GPT、BERT、Llama 分别用什么归一化，放在哪里？
     答: GPT-1 和 BERT 是 Post-LayerNorm；GPT-2、GPT-3 是 Pre-LayerNorm，并在最后一层之后再加一
     个；Llama、Mistral、Qwen 用 Pre-RMSNorm，末尾同样再加一个。
@@ -289,7 +290,7 @@ def test_residual_connections_keep_the_gradient_and_the_tokens_apart_at_any_dept
     The derivative of x + F(x) is 1 + F'(x): through the 1 the gradient has a straight way to the first layer.
     Without `x +` it is a product of the F' of all layers, which grows or shrinks exponentially with the
     depth; here it grows. Attention also averages tokens: if nothing is kept of what each of them was, all end
-    as the same vector.
+    in the same direction.
 
     Often told: they keep the input from being lost. That is half of it; the other half is the gradient.
     Code: model.py Block.forward
@@ -297,7 +298,7 @@ def test_residual_connections_keep_the_gradient_and_the_tokens_apart_at_any_dept
     Source: He et al. (2016, arXiv 1603.05027), eq. 5; Dong et al. (2021, arXiv 2103.03404) on the tokens
     问: 残差连接有什么作用？
     答: x + F(x) 的导数是 1 + F'(x)，梯度可以沿恒等通路直达第一层；没有它，梯度是各层导数的连乘，随深度指数级
-    爆炸或消失，而且注意力反复平均会让所有词元趋于同一个向量。
+    爆炸或消失，而且注意力反复平均会让所有词元的向量趋于同一个方向。
     """
     ids, targets = random_batch()
     rows = []
@@ -379,7 +380,7 @@ def test_scaling_or_zeroing_what_writes_to_the_stream_keeps_its_size_at_any_dept
             first, *_, last = streams(model, ids)
             growth.append(rms(last) / rms(first))
         rows.append((n_layer, *growth))
-    table("layers | the stream's RMS grows by, all alike | times 1/sqrt(2L) | here, from zero", *rows)
+    table("layers | the RMS grows, times: all drawn alike | with 1/sqrt(2L) | from zero, as here", *rows)
     assert 2.5 < rows[2][1] / rows[0][1] < 4.5  # 4 for a square root, less since it begins with 1
     assert max(row[2] for row in rows) / min(row[2] for row in rows) < 1.2
     assert all(row[3] == 1 for row in rows)
@@ -389,17 +390,19 @@ def test_the_gradient_of_the_last_layer_ignores_depth_in_post_norm_and_not_in_pr
     """Why does post-norm need a warm-up, and pre-norm much less?
 
     At the start, the last layer of a post-norm stack has a gradient of the same size at any depth L; with
-    pre-norm it falls like 1/sqrt(L), as the last norm divides by a stream that has grown. For SGD the full
-    rate is then too much for a deep post-norm stack. Adam divides by the gradient's size; there the cause is
-    disputed, and Liu et al. find that post-norm magnifies every change of the weights.
+    pre-norm it falls like 1/sqrt(L), as the last norm divides by a stream that has grown. So, Xiong et al.
+    argue, the full rate is too much for a deep post-norm stack at first. That fits SGD, but Adam divides by
+    the gradient's size. There the cause is disputed: Liu et al. find that post-norm magnifies every change of
+    the weights.
 
-    Often told: it holds for all layers. The theorem is about the last one.
+    Often told: this holds for all layers. The theorem is about the last one.
     Code: model.py Transformer.hidden
     Break: model.py Transformer.hidden: `return self.model.norm(x)` becomes `return x`
     Source: Xiong et al. (2020, arXiv 2002.04745), theorem 1; Liu et al. (2020, arXiv 2004.08249)
     问: 为什么 Post-norm 训练需要学习率预热，而 Pre-norm 不太需要？
     答: 初始化时，Post-norm 最后一层的梯度大小与深度无关，而 Pre-norm 的按 1/√L 下降（末尾的归一化除以了变大的
-    残差流），所以深层 Post-norm 一开始就用满学习率步子过大；对 Adam 的原因仍有争议。
+    残差流），所以深层 Post-norm 一开始就用满学习率步子过大。这适用于 SGD；Adam 会除以梯度的大小，其中的原因仍
+    有争议。
     """
     ids, targets = random_batch()
     rows = []
@@ -451,9 +454,10 @@ def test_a_sandwich_norm_bounds_what_a_layer_can_add():
 def test_deepnorm_makes_the_first_update_independent_of_depth():
     """What is DeepNorm?
 
-    x <- norm(a x + F(x)), with gain b on the initial weights of values, outputs and MLP; for a decoder of L
-    layers a = (2L)^(1/4) and b = (8L)^(-1/4). The norms are those of post-norm; what changes is that the
-    first update of the matrices moves the output about as far at any depth. GLM-130B was trained with it.
+    x <- norm(a x + F(x)), and the initial weights of values, outputs and MLP are multiplied by b; for a
+    decoder of L layers a = (2L)^(1/4) and b = (8L)^(-1/4). The norms are those of post-norm; what changes is
+    that the first update of the matrices moves the output about as far at any depth. GLM-130B was trained
+    with it, but with a = (2L)^(1/2).
 
     Often told: it adds norms, or keeps running means.
     Compare: model.py Block.forward: pre-norm, so neither factor is needed

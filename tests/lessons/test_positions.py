@@ -36,9 +36,9 @@ def alibi(T, slope):
 def test_attention_without_positions_does_not_know_their_order():
     """What is a positional encoding for?
 
-    Without mask and positions, attention only follows a change of order P: f(P x) = P f(x), it is
-    equivariant. If tokens change places, their outputs change places and nothing else. "Dog bites man" and
-    "man bites dog" give each word the same vector.
+    It tells the order of the tokens. Without mask and positions, attention is equivariant, f(P x) = P f(x)
+    for every change of order P: if tokens change places, their outputs change places and nothing else. "Dog
+    bites man" and "man bites dog" give each word the same vector.
 
     Often told: any order gives the same output. The vectors are the same; their order follows the input's.
     Code: model.py Attention.forward
@@ -75,7 +75,7 @@ def test_a_causal_mask_alone_tells_the_order_from_the_second_layer_on():
     Source: Haviv et al. (2022, arXiv 2203.16634); Kazemnejad et al. (2023, arXiv 2305.19466)
     问: 不加位置编码，decoder-only 模型还能知道词序吗？
     答: 能：因果掩码使第 t 个词元只能看到 t + 1 个词元，打破了置换对称性；单层时末尾词元看到的仍是一个集合，从
-    第二层起顺序就能区分，这就是 NoPE 可行的原因。
+    第二层起顺序就能区分。实验中，不加位置编码（NoPE）的语言模型与加了的相差不大。
     """
     T = 6
     ids = torch.randint(64, (1, T))
@@ -88,6 +88,7 @@ def test_a_causal_mask_alone_tells_the_order_from_the_second_layer_on():
         after = forward(model, other_order, mask, no_positions(T))[0, -1]
         rows.append((name, n_layer, largest(after - before)))
     table("mask | layers | another order of the tokens before moves the last one's scores by", *rows)
+    print()
     attention = Attention(tiny_config())
     nn.init.zeros_(attention.q_proj.weight)  # all scores are 0
     of_first = weights_of(attention, torch.randn(T, 64), no_positions(T))[0, :, 0]
@@ -120,7 +121,7 @@ def test_sinusoids_are_absolute_and_offsets_can_be_read_from_them():
     error = largest(encoding[:-7] @ advance_by_7 - encoding[7:])
     products = (encoding[:-7] * encoding[7:]).sum(-1)
     closest = torch.pdist(encoding).min()
-    heads = "PE(p) . PE(p+7), least | most | error of one matrix for all p | two positions are apart by"
+    heads = "PE(p) . PE(p+7), least | most | error of one matrix for all p | the closest two are apart by"
     table(heads, (products.min(), products.max(), error, closest))
     assert products.max() - products.min() < 1e-3
     assert error < 1e-3
@@ -130,9 +131,9 @@ def test_sinusoids_are_absolute_and_offsets_can_be_read_from_them():
 def test_sinusoids_and_rope_share_their_frequencies_and_neither_repeats():
     """Do sinusoids repeat, and does RoPE mend that?
 
-    Both turn pair i by theta^(-2i/d) per position. A single pair has a period, of 6.3 up to 47,000 positions
-    for 64 channels. The whole vector never comes back: the first pair turns by 1 radian per position, and no
-    whole number of radians but 0 is a multiple of 2 pi.
+    Both turn pair i by theta^(-2i/d) per position, with theta = 10,000. A single pair has a period, of 6.3 up
+    to 47,000 positions for 64 channels. The whole vector never comes back: the first pair turns by 1 radian
+    per position, and no whole number of radians but 0 is a multiple of 2 pi.
 
     Often told: sinusoids repeat after a fixed period, which RoPE solves.
     Code: model.py rope
@@ -162,16 +163,16 @@ def test_sinusoids_and_rope_share_their_frequencies_and_neither_repeats():
 def test_rope_scores_depend_only_on_the_offset():
     """What is the idea of RoPE?
 
-    Rotate each pair of channels of q and k by position times frequency before the dot product. Two rotations
-    leave their difference, R_m^T R_n = R_(n-m): absolute rotations give relative scores.
+    Rotate each pair of channels of q and k by an angle, position times frequency, before the dot product. Two
+    rotations leave their difference, R_m^T R_n = R_(n-m): absolute rotations give relative scores.
 
     Often told: it models the rotation of words in a sentence; it is a kind of data augmentation.
     Code: model.py apply_rope
     Break: model.py apply_rope: `x2 * cos + x1 * sin` becomes `x2 * cos - x1 * sin`
-    Source: Su et al. (2021), eq. 16
+    Source: Su et al. (2021, arXiv 2104.09864), eq. 16
     问: RoPE（旋转位置编码）的核心思想是什么？
-    答: 在点积之前，把 q、k 的每对分量按“位置 × 频率”旋转；两个旋转相乘只留下差值 R_m^T R_n = R_(n-m)，于是绝
-    对位置的旋转得到只依赖相对位置的分数。
+    答: 在点积之前，把 q、k 的每对分量旋转“位置 × 频率”的角度；两个旋转相乘只留下差值 R_m^T R_n = R_(n-m)，于
+    是绝对位置的旋转得到只依赖相对位置的分数。
     """
     cos, sin = rope(torch.arange(2000), HEAD, torch.float32)
     q, k = torch.randn(2, 64)
@@ -208,10 +209,10 @@ def test_rope_is_a_multiplication_of_complex_numbers():
     product = complex_q * turn
     score = (complex_q[m] * complex_k[n].conj() * turn[m - n]).real.sum()
     differences = {
-        "to the product of complex numbers": turned_q - torch.cat((product.real, product.imag), -1),
-        "of the score of 9 and 4 to the formula": turned_q[m] @ turned_k[n] - score,
-        "of norms, before and after": turned_q.norm(dim=-1) - q.norm(dim=-1),
-        "at position 0": turned_q[0] - q[0],
+        "of turned q from the complex product": turned_q - torch.cat((product.real, product.imag), -1),
+        "of the score of 9 and 4 from the formula": turned_q[m] @ turned_k[n] - score,
+        "of the length of q, before and after": turned_q.norm(dim=-1) - q.norm(dim=-1),
+        "of q at position 0, before and after": turned_q[0] - q[0],
     }
     table("difference | at most", *((name, largest(difference)) for name, difference in differences.items()))
     assert max(map(largest, differences.values())) < 1e-4
@@ -221,8 +222,8 @@ def test_rope_is_a_multiplication_of_complex_numbers():
 def test_rope_touches_queries_and_keys_but_not_values():
     """Where does RoPE act, and where do added positions?
 
-    RoPE turns q and k in every layer, right before the scores; v carries no position. A token that sees
-    itself alone has weight 1, and its output is the same at any position. Added vectors enter once, with the
+    RoPE turns q and k in every layer, right before the scores; v is not turned. A token that sees only itself
+    gives itself weight 1, and its output is the same at any position. Added vectors enter once, with the
     embedding, and reach q, k and v.
 
     Code: model.py Attention.forward
@@ -230,8 +231,8 @@ def test_rope_touches_queries_and_keys_but_not_values():
     becomes `y = F.scaled_dot_product_attention(q, k, apply_rope(v, cos, sin), is_causal`
     Source: Su et al. (2021), eq. 16; apply_rotary_pos_emb in transformers' modeling_llama.py
     问: RoPE 作用在哪里？为什么不旋转 V？
-    答: RoPE 在每一层计算分数之前只旋转 q 和 k，位置只影响注意力权重；v 是被加权平均的内容，不带位置。加性位置
-    编码则在输入端加一次，会同时进入 q、k、v。
+    答: RoPE 在每一层计算分数之前只旋转 q 和 k，位置只影响注意力权重；v 是被加权平均的内容，不旋转。加性位置编
+    码则在输入端加一次，会同时进入 q、k、v。
     """
     attention, config = Attention(tiny_config()), tiny_config()
     token, added = torch.randn(1, 1, 64), sinusoids(100, 64)
@@ -281,7 +282,7 @@ def test_rope_decays_on_average_but_can_attend_anywhere():
             linear.bias.data = bias
         back = weights_of(attention, torch.zeros(T, D))[0, -1].flip(0)  # of the last query; back[n]: n before
         rows.append((name, back[:10].mean(), back[10:50].mean(), back[50:].mean(), back.argmax()))
-    table("q and k | mean weight 0 to 9 back | 10 to 49 | 50 to 127 | largest weight at", *rows)
+    table("q and k | mean weight 0 to 9 back | 10 to 49 | 50 to 127 | largest weight, how far back", *rows)
     alike, aimed = (row[1:] for row in rows)
     assert alike[0] > 2 * alike[1] > 4 * alike[2] and alike[3] == 0
     assert aimed[3] == 100
@@ -290,18 +291,18 @@ def test_rope_decays_on_average_but_can_attend_anywhere():
 def test_a_relative_encoding_knows_the_offset_of_two_tokens_and_not_where_they_stand():
     """What is a relative position encoding?
 
-    One whose part in the score of query i and key j is a function of i - j. The matrix of such parts is
-    constant along its diagonals, a Toeplitz matrix, and a text that is shifted as a whole has the same
-    scores. It may be a learned number for each offset (T5, which shares them among far ones), a learned
-    vector added to the key (Shaw et al.), a straight line (ALiBi) or a rotation (RoPE).
+    One through which the score of query i and key j depends on i - j, but not on i or j themselves. If all
+    tokens are equal, the scores are constant along diagonals (a Toeplitz matrix); a text that is shifted as a
+    whole keeps its scores. It may be a learned number for each offset (T5, which shares them among far ones),
+    a learned vector added to the key (Shaw et al.), a straight line (ALiBi) or a rotation (RoPE).
 
     Often told: each relative position gets a vector. Most kinds have no vectors.
     Code: model.py Attention.forward
     Break: model.py Attention.forward: `apply_rope(k, cos, sin)` becomes `apply_rope(k, cos, -sin)`
     Source: Shaw et al. (2018, arXiv 1803.02155); Raffel et al. (2020, arXiv 1910.10683), sec. 2.1
     问: 什么是相对位置编码？和绝对位置编码有什么区别？
-    答: 相对位置编码对分数的贡献只依赖 i - j，写成矩阵就是沿对角线为常数的 Toeplitz 矩阵，整段文本平移后分数不
-    变；T5 的可学习偏置、ALiBi 和 RoPE 都是如此，而加到词嵌入上的可学习绝对位置不是。
+    答: 采用相对位置编码时，位置只通过 i - j 影响分数：若各词元相同，分数就构成沿对角线为常数的 Toeplitz 矩
+    阵；整段文本平移后分数不变；T5 的可学习偏置、ALiBi 和 RoPE 都是如此，而加到词嵌入上的可学习绝对位置不是。
     """
     T = 16
     attention = drawn_model().model.layers[0].self_attn
@@ -348,7 +349,7 @@ def test_raising_the_rope_base_slows_the_slow_pairs():
         turns = torch.atan2(sin, cos) / (2 * math.pi)  # of each pair, per position
         complete = int((1024 * turns >= 1).sum())
         rows.append((theta, complete, turns[0], 1024 * turns[-1], 8192 * turns[-1]))
-    heads = "theta | pairs that come round in 1,024 | turns of the first in 1 | the last in 1,024 | in 8,192"
+    heads = "theta | pairs that come round in 1,024 | turns: the first in 1 | the last in 1,024 | in 8,192"
     table(heads, *rows)
     small, large = rows
     assert (small[1], large[1]) == (36, 25)
@@ -361,8 +362,9 @@ def test_stretched_rope_keeps_slow_pairs_to_angles_seen_in_training():
 
     The slow pairs, which never came round in training, must meet no new angles. Position interpolation
     divides positions by 4, which slows all pairs, so neighbours come 4 times closer. NTK-aware scaling
-    multiplies theta by 4^(D/(D-2)): the slowest pair slows down by 4, the fastest turns as before. Llama 3.1
-    goes by parts: fast pairs stay, slow ones are slowed by a factor, and between them is a ramp.
+    multiplies theta by 4^(D/(D-2)): the slowest pair slows down by 4, the fastest turns as before, and some
+    pairs between them still meet new angles. Llama 3.1 goes by parts: fast pairs stay, slow ones are slowed
+    by a factor, and between them is a ramp.
 
     Often told: Transformers handle other lengths by nature; a larger model helps.
     Code: model.py rope
@@ -371,7 +373,8 @@ def test_stretched_rope_keeps_slow_pairs_to_angles_seen_in_training():
     Source: Chen et al. (2023, arXiv 2306.15595); Peng et al. (2023, arXiv 2309.00071) on NTK-aware scaling
     问: 如何把 RoPE 模型的上下文扩展到 4 倍？
     答: 关键是让慢的分量对不超出训练中见过的角度：位置插值把所有位置除以 4，但相邻位置也被挤近；NTK-aware 改为
-    放大 θ，主要让慢的分量对变慢；Llama 3.1 则按频率分段缩放，快的分量对保持不变。
+    放大 θ，主要让慢的分量对变慢，但介于快慢之间的一些分量对仍会遇到新角度；Llama 3.1 则按频率分段缩放，快的分
+    量对保持不变。
     """
     D, theta, n = HEAD.head_dim, HEAD.rope_theta, 128  # trained on n tokens
     ntk = replace(HEAD, rope_theta=theta * 4 ** (D / (D - 2)))
@@ -402,8 +405,9 @@ def test_alibi_adds_a_fixed_linear_penalty_to_the_scores():
     """What is ALiBi?
 
     Scores become q . k / sqrt(d) - m_h (i - j): a fixed matrix is added before the softmax, with a slope for
-    each head, m_h = 2^(-8h/n) for n = 8, 16 ... heads, here 1/2, 1/4 ... 1/256. There is no other position
-    and nothing is learned. Weights are thereby multiplied by e^(-m dist) and normalised again.
+    each head, m_h = 2^(-8h/n) for head h of n; for n = 8, as here, 1/2, 1/4 ... 1/256. There is no other
+    encoding of positions, and nothing of it is learned. The weights are thereby multiplied by e^(-m_h (i -
+    j)) and normalised again.
 
     Often told: the bias is multiplied; it is tuned; the input is projected to low-dimensional features.
     Compare: model.py Attention.forward: its mask says True or False; numbers are added
@@ -441,7 +445,7 @@ def test_alibi_extrapolates_by_being_short_sighted():
     length. The price is a preference for what is near: only the flattest heads reach far.
 
     Often told: ALiBi strengthens long-distance dependencies. It favours what is near.
-    Compare: model.py apply_rope: RoPE turns q and k and shortens no view
+    Compare: model.py apply_rope: RoPE turns q and k and adds no penalty for distance
     Source: Press et al. (2022, arXiv 2108.12409), sec. 3 and app. B
     问: ALiBi 为什么能外推？代价是什么？
     答: 距离 d 处的键要乘以 e^(-m·d)，斜率大的头无论文本多长都只看最近的十来个词元，所以输入变长影响很小；代价
@@ -473,9 +477,9 @@ def test_a_learned_table_of_positions_ends_and_rope_does_not():
     Break: model.py Transformer.hidden: `torch.arange(T, device=ids.device), None` becomes `torch.arange(T,
     device=ids.device).clamp(max=longest - 1), None`
     Source: Devlin et al. (2019), app. A.2; Radford et al. (2019), sec. 2.3; Su et al. (2021)
-    问: 为什么 BERT 最长只能输入 512 个词元？Llama 也有同样的限制吗？
-    答: 可学习的位置表只有 512 行，再往后就没有向量可加；RoPE 是公式，任何位置都有角度，所以 Llama 在任意长度
-    上都能运行，但超出训练长度后效果是否还好是另一回事。
+    问: 为什么 BERT 和 GPT-2 最长只能输入 512 和 1024 个词元？Llama 也有同样的限制吗？
+    答: 可学习的位置表只有 512（或 1024）行，再往后就没有向量可加；RoPE 是公式，任何位置都有角度，所以 Llama
+    在任意长度上都能运行，所有位置整体平移时分数也不变，但超出训练长度后效果是否还好是另一回事。
     """
     T, longest = 48, 16
     ids = torch.randint(64, (1, T))
@@ -500,10 +504,10 @@ def test_a_learned_table_of_positions_ends_and_rope_does_not():
 def test_running_beyond_the_trained_length_hurts():
     """Can a model with RoPE read a text of any length?
 
-    It runs at any length, but beyond that of training it meets angles and sums that it never saw, and its
-    loss rises. Here each next token is the one four places back, so that no place is harder than another: all
-    that is lost is lost by the length. Trained on 16 tokens, behind the 64th the model is about as bad as an
-    even guess, or worse.
+    It runs at any length, but beyond that of training it meets angles that it never saw and averages over
+    more keys than ever, and its loss rises. Here each token is the same as the one four places before it, so
+    that no place is harder than another: all that is lost is lost by the length. Trained on 16 tokens, the
+    model is about as bad as an even guess, or worse, beyond the 64th.
 
     Often told: RoPE generalises to unseen lengths.
     Code: model.py rope
@@ -512,7 +516,7 @@ def test_running_beyond_the_trained_length_hurts():
     Source: Press et al. (2022, arXiv 2108.12409), sec. 2.2; Chen et al. (2023, arXiv 2306.15595)
     问: RoPE 模型可以直接处理任意长度的文本吗？
     答: 能运行，但超出训练长度后会遇到没见过的旋转角度和更多的键，损失会升高；在这个只需复制 4 个位置之前词元
-    的任务上，用 16 个词元训练的模型读到 64 个词元以后就接近瞎猜。
+    的任务上，用 16 个词元训练的模型读到 64 个词元以后就与瞎猜差不多，甚至更差。
     """
 
     def batch(step, T=16, B=16):
@@ -542,17 +546,18 @@ def test_running_beyond_the_trained_length_hurts():
 def test_times_sqrt_d_an_embedding_is_as_long_as_its_sinusoids():
     """Why does the first Transformer multiply embeddings by the square root of d?
 
-    The paper gives no reason, but lengths do. The vector of sines and cosines has length sqrt(d/2). An
-    embedding drawn with variance 1/d has length 1, and would drown in it; times sqrt(d) its length is
-    sqrt(d). With RoPE nothing is added to the embedding, and Llama does not multiply.
+    The paper gives no reason, but lengths suggest one. The vector of sines and cosines has length sqrt(d/2).
+    An embedding drawn with variance 1/d has length about 1, and would drown in it; times sqrt(d) its length
+    is about sqrt(d), of the same order. With RoPE nothing is added to the embedding, and Llama does not
+    multiply (Gemma does).
 
     Often told: so that the variance of the matrix converges better. It is a matter of size against what is
     added.
     Compare: model.py Transformer.hidden: takes the embedding as it is, since RoPE adds nothing to it
-    Source: Vaswani et al. (2017), sec. 3.4 and 3.5
+    Source: Vaswani et al. (2017), sec. 3.4 and 3.5; for Gemma, transformers' modeling_gemma.py
     问: 原始 Transformer 为什么要把词嵌入乘以 √d？
     答: 正弦位置向量的长度是 √(d/2)，而方差为 1/d 的词嵌入长度约为 1，直接相加会被位置淹没；乘以 √d 后长度为
-    √d，两者大小相当。Llama 用 RoPE，不往嵌入上加东西，也就不需要缩放。
+    √d，两者大小相当。Llama 用 RoPE，不往嵌入上加东西，也就不缩放（同样用 RoPE 的 Gemma 仍然缩放）。
     """
     d = 512
     embedding = torch.randn(1000, d) / math.sqrt(d)

@@ -55,8 +55,9 @@ def likeliest_split(text, log_p):
 def test_bpe_merges_the_most_frequent_pair_of_neighbours():
     """How does byte-pair encoding (BPE) build its vocabulary?
 
-    It starts from the 256 bytes, counts the pairs of neighbours, makes the most frequent pair a new token,
-    and counts again. The parts of a new token stay in the vocabulary, so that its size is 256 + merges.
+    It starts from the 256 bytes (in the paper, from characters), counts the pairs of neighbours, makes the
+    most frequent pair a new token, and counts again. The parts of a new token stay in the vocabulary, so that
+    its size is 256 + merges (and special tokens).
 
     Often told: single letters are counted, and those that were merged are dropped.
     Code: tokenizer.py learn_merges
@@ -64,8 +65,8 @@ def test_bpe_merges_the_most_frequent_pair_of_neighbours():
     Source: Gage (1994), "A new algorithm for data compression"; Sennrich et al. (2016, arXiv 1508.07909),
     algorithm 1
     问: BPE 的词表是怎样训练出来的？
-    答: 从 256 个字节出发，统计相邻词元对的频率，把最频繁的一对合并成新词元，再重新统计，如此反复；被合并的词
-    元仍留在词表里，所以词表大小 = 256 + 合并次数。
+    答: 从 256 个字节出发（原论文从字符出发），统计相邻词元对的频率，把最频繁的一对合并成新词元，再重新统计，
+    如此反复；被合并的词元仍留在词表里，所以词表大小 = 256 + 合并次数（特殊词元另计）。
     """
     text = "aaabdaaabac"
     tokens, rows = list(text), []
@@ -78,7 +79,7 @@ def test_bpe_merges_the_most_frequent_pair_of_neighbours():
                 tokens[i : i + 2] = ["".join(pair)]
             i += 1
         rows.append((" ".join(pair), counts[pair], max(counts.values()), " ".join(tokens)))
-    table("merged pair | how often it occurs | any pair at most | the text after it", *rows)
+    table("merged pair | its count, with overlaps | largest count | the text after it", *rows)
     assert all(count == most for _, count, most, _ in rows)
     assert tokens == ["aaab", "d", "aaab", "a", "c"]
     tokenizer = Tokenizer.train([SPEECH], vocab_size=256 + 50, special_tokens=())
@@ -91,9 +92,9 @@ def test_merges_stay_within_the_chunks_into_which_a_text_is_cut():
     """Why is a text cut into words before pairs are counted?
 
     Otherwise the most frequent pair of the speech is an e and the space after it, and a third of the learned
-    tokens run over the end of a word. A regular expression first cuts the text into chunks: a word with the
-    space before it, up to three digits, punctuation, whitespace. No merge crosses the border of a chunk, in
-    training or in encoding.
+    tokens run over the end of a word: "dog." and "dog!" would take rows of their own beside "dog". A regular
+    expression first cuts the text into chunks: a word with the space before it, up to three digits,
+    punctuation, whitespace. No merge crosses the border of a chunk, in training or in encoding.
 
     Code: tokenizer.py Tokenizer.train
     Break: tokenizer.py Tokenizer.train: `partial(count_chunks, pattern=pattern)` becomes
@@ -124,14 +125,14 @@ def test_bpe_encodes_by_the_order_of_the_merges_and_not_by_the_longest_match():
     """How is a new text encoded with a learned BPE vocabulary?
 
     By the learned merges, in the order in which they were learned, within each chunk. The longest token that
-    fits is not taken first: that gives other splits, which the model did not see in training. (WordPiece does
-    take the longest match.)
+    fits is not taken first: that can give other splits, which the model did not see in training. (WordPiece
+    does take the longest match.)
 
     Code: tokenizer.py Tokenizer.encode
     Break: tokenizer.py read_ranks: `[*BYTES, *halves, *whole]` becomes `[*BYTES, *reversed(halves), *whole]`
     Source: Sennrich et al. (2016, arXiv 1508.07909), sec. 3.2
     问: BPE 训练好之后，怎样对新文本编码？是取最长匹配吗？
-    答: 不是。在每个小块内按合并规则学到的先后顺序依次合并；最长匹配会得到另一种切分，模型训练时没有见过
+    答: 不是。在每个小块内按合并规则学到的先后顺序依次合并；最长匹配可能得到另一种切分，模型训练时没有见过
     （WordPiece 才用最长匹配）。
     """
 
@@ -160,7 +161,7 @@ def test_a_byte_level_vocabulary_has_no_unknown_token(of_the_speech):
 
     They fall into smaller pieces, in the worst case into single bytes, so that any text comes back as it was.
     WordPiece starts from characters: a word with a character that is not in its vocabulary becomes [UNK] as a
-    whole, and can not be read again.
+    whole, and is lost.
 
     Often told: BPE keeps an unseen word whole.
     Code: tokenizer.py Tokenizer.encode
@@ -187,11 +188,11 @@ def test_a_byte_level_vocabulary_has_no_unknown_token(of_the_speech):
 
 
 def test_bpe_dropout_gives_several_splits_of_one_text(of_the_speech):
-    """Has BPE only one split for a text?
+    """Does BPE give only one split of a text?
 
-    The usual encoder has: it makes all merges. The vocabulary allows many. BPE-dropout skips each possible
-    merge with a probability p while the model is trained, so that it sees a word in several splits, as a kind
-    of noise. All of them decode to the same text; p = 0 is the usual encoder.
+    The usual encoder does: it makes all merges. But the vocabulary allows many splits. BPE-dropout skips each
+    possible merge with a probability p while the model is trained, so that it sees a word in several splits,
+    as a kind of noise. All of them decode to the same text; p = 0 is the usual encoder.
 
     Often told: only Unigram can give several splits. That is a limit of an encoder, not of a vocabulary.
     Compare: tokenizer.py Tokenizer.encode: all merges, and so always the same split
@@ -229,20 +230,21 @@ def test_bpe_dropout_gives_several_splits_of_one_text(of_the_speech):
 def test_wordpiece_takes_the_pair_that_belongs_together_and_not_the_most_frequent():
     """How do WordPiece and BPE differ?
 
-    In the pair that they merge. BPE takes the largest count(ab). WordPiece takes the pair that occurs
-    together more often than its parts would by chance, by count(ab) / (count(a) count(b)), which stands for
-    the gain in likelihood. They differ in encoding, too: WordPiece takes the longest match. Its mark of
-    continuations, ##, is only a way of writing.
+    In the pair that they merge. BPE takes the largest count(ab). WordPiece takes the pair that occurs most
+    above chance, with the largest count(ab) / (count(a) count(b)). They differ in encoding, too: WordPiece
+    takes the longest match. Its mark of continuations, ##, is only a way of writing.
 
     Often told: WordPiece splits from the top, BPE builds from the bottom. Both build (though a later trainer
     of TensorFlow Text does go from the top).
     Code: tokenizer.py learn_merges
     Break: tokenizer.py learn_merges: `sum(map(count_of, found)) for pair` becomes `len(found) for pair`
-    Source: Schuster & Nakajima (2012). Its trainer was not published; the formula is that of Hugging Face's
-    course. (The trainer in Hugging Face's library merges by count, as BPE does.)
+    Source: Schuster & Nakajima (2012), who take the largest gain in likelihood. Their trainer was not
+    published; the formula is the guess of Hugging Face's course, and the trainer in Hugging Face's library
+    merges by count, as BPE does
     问: WordPiece 和 BPE 的区别是什么？
     答: 选择合并对的标准不同：BPE 取 count(ab) 最大的一对，WordPiece 取 count(ab) / (count(a)·count(b)) 最大的
-    一对，以此近似似然的增益；编码时 WordPiece 用最长匹配，BPE 按合并顺序。
+    一对，即共现最超出随机预期的一对（原论文的说法是似然增益最大，训练代码未公开）；编码时 WordPiece 用最长匹
+    配，BPE 按合并顺序。
     """
     letters, pairs = Counter(), Counter()
     for word, count in HUGS.items():
@@ -269,7 +271,7 @@ def test_sentencepiece_loses_nothing_because_a_space_is_a_symbol(of_the_speech):
     that no language needs a splitter of words of its own, and decoding is joining: nothing is lost.
     Byte-level BPE loses nothing for the same reason. (By default, SentencePiece lets no piece run from one
     word into the next, and first normalises: two spaces become one, a line break a space. Both can be turned
-    off.)
+    off. A character that it does not know becomes <unk>, unless byte_fallback is on.)
 
     Often told: SentencePiece is a kind of BPE. It is a library, and Unigram is its default.
     Code: tokenizer.py Tokenizer.decode_bytes
@@ -277,7 +279,8 @@ def test_sentencepiece_loses_nothing_because_a_space_is_a_symbol(of_the_speech):
     Source: Kudo & Richardson (2018, arXiv 1808.06226), sec. 3.1
     问: SentencePiece 是什么？它为什么能无损还原文本？
     答: 它是直接在原始文本上训练 BPE 或 Unigram 词表的库（默认 Unigram），把空格当作普通符号“▁”，不依赖特定语
-    言的分词，解码只需把各片段拼接起来；字节级 BPE 同样无损。
+    言的分词器，解码只需把各片段拼接起来（默认的规范化会合并空格，未知字符会变成 <unk>，都可用选项避免）；字节
+    级 BPE 同样无损。
     """
     text = "to  be,\nor not to  be"
     with_symbol = text.replace(" ", "▁")
@@ -294,9 +297,11 @@ def test_sentencepiece_loses_nothing_because_a_space_is_a_symbol(of_the_speech):
 def test_unigram_drops_the_pieces_that_the_text_misses_least():
     """How does a Unigram vocabulary come about?
 
-    From the top. It starts with far too many pieces, each with a probability, reads every word by its
-    likeliest split, and drops the pieces without which the text costs the fewest nats more, in rounds. BPE
-    adds pieces, Unigram takes them away. Single characters stay, or some words could not be spelled.
+    From the top. It starts with far too many pieces, each with a probability, and drops, in rounds, those
+    without which the text costs the fewest nats more. Without a piece that no split needs it even costs
+    fewer, since such a piece takes probability from the others. (The paper learns the probabilities by EM,
+    over all splits; here they are shares of counts, and a word costs what its likeliest split does.) BPE adds
+    pieces, Unigram takes them away. Single characters stay, or some words could not be spelled.
 
     Often told: Unigram counts single characters.
     Compare: tokenizer.py learn_merges: a vocabulary that grows by the most frequent pair, and never shrinks
@@ -370,10 +375,10 @@ def test_unigram_takes_the_likeliest_of_all_splits():
 def test_a_larger_vocabulary_shortens_the_text_by_less_and_less():
     """Characters, words or something between: how large should a vocabulary be?
 
-    Each token is a row of the embedding and of the head; in return the text takes fewer tokens. But each
-    further merge saves less than the one before, and less in a text from which the vocabulary was not
-    learned. Bytes are the one end: 256 rows, long texts. Words are the other: short texts, very many rows,
-    and still many words that no row stands for. Subwords lie between, and miss nothing.
+    Each token is a row of the embedding and of the head; in return the text takes fewer tokens. But further
+    merges save less and less, and still less in a text from which the vocabulary was not learned. Bytes are
+    the one end: 256 rows, long texts. Words are the other: short texts, very many rows (if the text is longer
+    than here), and still many words that no row stands for. Subwords lie between, and miss nothing.
 
     Code: tokenizer.py Tokenizer.train
     Break: tokenizer.py Tokenizer.train: `learn_merges(chunks, vocab_size - least)` becomes
@@ -451,8 +456,8 @@ def test_models_with_different_tokenizers_compare_in_bits_per_byte():
 
     If their tokenizers differ, the losses do not tell: a longer token is harder to guess, but stands for more
     bytes. Bits per byte = loss / ln 2 * tokens / bytes counts what the same text costs, and is comparable.
-    Perplexity, the exponential of the loss, is per token, too. Here the model with the higher loss is the
-    better one.
+    Perplexity, the exponential of the loss, is per token, too. The models here know only how frequent each
+    token is, and the one with the higher loss is the better one.
 
     Often told: the model with the lower perplexity is better. Only with the same tokenizer on the same text.
     Code: train.py bits_per_byte
@@ -492,9 +497,9 @@ def test_text_never_becomes_a_special_token(of_the_speech):
     """What if a user writes <|im_end|> into a message?
 
     It has to stay plain characters: otherwise a user could close the turn and speak as the system.
-    tokenizer.py never makes a special token out of text; `render` puts the ids of the marks in by code,
-    around contents that were encoded as text. To write the whole chat as one text and to look for marks in it
-    lets a message forge turns.
+    tokenizer.py never makes a special token out of text; `render` puts the ids of the special tokens (marks)
+    in by code, around contents that were encoded as text. To write the whole chat as one text and to look for
+    marks in it lets a message forge turns.
 
     Often told: apply the chat template to get a text, then tokenize it. That is safe only if no content holds
     a mark.
@@ -511,9 +516,9 @@ def test_text_never_becomes_a_special_token(of_the_speech):
     rendered, _ = render(of_the_speech, chat)
     library = tokenizers.Tokenizer.from_str(json.dumps(of_the_speech.document))  # it looks for marks in texts
     ways = {
-        "encode, of the message": of_the_speech.encode(message),
-        "render, of the chat": rendered,
-        "the chat as one text, if marks are read in it": library.encode(of_the_speech.decode(rendered)).ids,
+        "encode(message)": of_the_speech.encode(message),
+        "render(chat)": rendered,
+        "the chat as one text, in which marks are read": library.encode(of_the_speech.decode(rendered)).ids,
     }
     start, end = (of_the_speech.special_tokens[mark] for mark in ("<|im_start|>", "<|im_end|>"))
     rows = []
@@ -595,7 +600,7 @@ def test_new_rows_of_a_vocabulary_should_start_at_the_mean(reader_of_the_speech)
             divergence = (old.exp() * (old - log_p[..., :n_known])).sum(-1).mean()
             rows.append((name, off, taken.mean(), taken.max(), divergence))
     bound = (n - n_known) / n
-    heads = "new rows | off the mean, in deviations | probability that they take | at most | KL divergence"
+    heads = "new rows | off the mean, in standard deviations | p that they take | at most | KL divergence"
     table(heads, *rows)
     print(f"    {n - n_known} new rows beside {n_known}: with the mean itself they take {bound:.3f} at most")
     assert 0.005 < rows[1][1] < 0.02, "at the mean, but for a little noise"
@@ -610,7 +615,8 @@ def test_word2vec_puts_words_with_the_same_neighbours_together():
 
     CBOW predicts a word from the mean of its neighbours, skip-gram each neighbour from the word. Both have an
     input and an output matrix, of which the first is kept. In both, words with the same neighbours come
-    together, even if they never meet. The embeddings of a language model are learned with the rest of it.
+    together, even if they never stand side by side. The embeddings of a language model are learned with the
+    rest of it.
 
     Often told: similar words are those that stand beside each other. Here cat and dog never do.
     Compare: model.py Transformer.hidden: an embedding that is learned with the rest of the model

@@ -165,11 +165,12 @@ def test_cross_entropy_is_minus_log_probability_and_starts_at_ln_v():
 def test_a_model_that_ignores_its_context_stops_at_the_entropy_of_single_tokens(reader_of_the_speech):
     """Is my loss of 2.1 good?
 
-    Three landmarks are computed in a second: ln V, which knows nothing; the entropy of single tokens, which
-    knows how frequent each one is; the entropy of a token given the one before (bigram). In this text, 2.1 is
-    what a table of pairs reaches. A model whose inputs are all made the same stops at the second landmark: a
-    loss that stays there uses nothing of its input. A loss below the third uses more than one token. All of
-    these hold for the text that was read; on a new one, what was counted in a short text predicts less well.
+    Three landmarks are computed in a second: ln V, the loss of knowing nothing; the entropy of single tokens
+    (unigram), that of knowing how frequent each one is; the entropy of a token given the one before (bigram).
+    In this text, 2.1 is what a table of pairs reaches. A model whose inputs are all made the same stops at
+    the second landmark: a loss that stays there uses nothing of its input. A loss below the third uses more
+    than one token. All of these hold for the text that was read; on a new one, what was counted in a short
+    text predicts less well.
 
     Code: model.py Transformer.hidden
     Break: model.py Transformer.hidden: `self.model.embed_tokens(ids)` becomes `self.model.embed_tokens(0 *
@@ -220,8 +221,8 @@ def test_exact_match_is_near_zero_while_the_loss_already_falls():
     divide the same sum by the bytes of the text and compare any two. None of them says whether an answer is
     right: here three of eight tokens are random questions, and a model that answers them all still has a
     perplexity well above 1. Exact match counts right answers, for any system. But it counts only those that
-    are right in all k tokens, about p^k of them if each token is right with probability p; so a steady
-    improvement looks like a jump.
+    are right in all k tokens, about p^k of them if each token is right with probability p, independently; so
+    a steady improvement looks like a jump.
 
     Code: train.py bits_per_byte
     Break: train.py bits_per_byte: `(sizes[targets.clamp(min=0)] * (targets != IGNORED)).sum()` becomes
@@ -230,8 +231,8 @@ def test_exact_match_is_near_zero_while_the_loss_already_falls():
     for exact match
     问: 语言模型怎么评测？困惑度、bits per byte 和精确匹配有什么区别？
     答: 困惑度就是 exp(每个词元的损失)，只能比较分词器相同的模型；bits per byte 按文本字节数归一化，不同分词器
-    之间也能比较；精确匹配直接看答案对不对，但 k 个词元全对才得分（约为 p 的 k 次方），前期几乎为 0，后期看起
-    来像突然“涌现”。
+    之间也能比较；精确匹配直接看答案对不对，但 k 个词元全对才得分（若各词元独立，约为 p 的 k 次方），前期几乎
+    为 0，后期看起来像突然“涌现”。
     """
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", ":", "."]
     sizes = np.array([len(word) + 1 for word in words])  # in bytes, with a space
@@ -368,11 +369,12 @@ def test_the_first_steps_of_adam_ignore_the_size_of_the_gradient():
 def test_a_cosine_must_know_the_last_step_from_the_first():
     """What does a learning-rate schedule look like?
 
-    All of them first rise linearly. Then a cosine falls from the first step on, floor + (1 - floor) (1 + cos
-    (pi t / N)) / 2 at step t of N, so N must be known beforehand. train.py keeps its rate constant and lets
-    it fall to zero, linearly, in the last 60 % (warm-up, stable, decay). Nothing depends on N until the fall
-    begins; so under --minutes the number of steps is set only when 40 % of the time has passed. The
-    Transformer of 2017 fell with one over the square root of the step, which needs no end and reaches none.
+    All of them first rise linearly. Then a cosine falls at once, as floor + (1 - floor) (1 + cos (pi t / N))
+    / 2 at step t of N after the warm-up, so N must be known beforehand. train.py keeps its rate constant and
+    lets it fall to zero, linearly, in the last 60 % (warm-up, stable, decay). Nothing depends on N until the
+    fall begins; so under --minutes the number of steps is set only when 40 % of the time has passed. The
+    Transformer of 2017 fell with one over the square root of the step, which needs no end and never reaches
+    zero.
 
     Code: train.py learning_rate
     Break: train.py learning_rate: `(settings.steps - step) / (settings.steps - settings.fall)` becomes
@@ -380,8 +382,8 @@ def test_a_cosine_must_know_the_last_step_from_the_first():
     Source: Loshchilov & Hutter (2017, arXiv 1608.03983), eq. 5; Vaswani et al. (2017), eq. 3; Hu et al.
     (2024, arXiv 2404.06395) for warm-up, stable, decay
     问: 常见的学习率调度有哪些？余弦退火和 WSD（预热、恒定、衰减）有什么区别？
-    答: 都先线性预热。余弦从一开始就下降，必须事先知道总步数；WSD 先保持恒定、最后才下降，在开始衰减之前都不必
-    确定总步数；2017 年原版按步数的平方根反比下降，既不需要终点，也不会降到 0。
+    答: 都先线性预热。余弦随即开始下降，必须事先知道总步数；WSD 先保持恒定、最后才下降，在开始衰减之前都不必确
+    定总步数；2017 年原版按步数的平方根反比下降，既不需要终点，也不会降到 0。
     """
 
     def cosine(step, N, floor=0.1):
@@ -425,8 +427,8 @@ def test_a_falling_rate_lowers_the_noise_floor():
     At a constant rate, noisy gradients keep the weights at a distance from the minimum: for the loss w^2 / 2
     and noise of variance s^2, SGD hovers at lr s^2 / (2 (2 - lr)), about in proportion to the rate. A low
     rate from the beginning has a lower floor but takes too long to get there. So a run goes fast first and
-    lowers the floor afterwards. The tiny model below learns a text of known entropy; what counts is how far
-    it stays above that.
+    lowers the floor afterwards. The tiny model here learns a text of known entropy; what counts is how far it
+    stays above that.
 
     Often told: late in training the model has little left to learn. What is left lies below the noise.
     Code: train.py learning_rate
@@ -534,7 +536,7 @@ def test_clipping_shortens_the_whole_gradient_and_keeps_its_direction():
     If the norm of the gradient over all parameters together is above a limit c, every gradient is multiplied
     by c / norm: the direction stays, the length is c at most. train.py clips at 1 and logs the norm from
     before. Clipping each value instead changes the direction. Adam and Muon ignore a constant factor of all
-    gradients, but they average over steps: clipping keeps one odd batch from filling these averages.
+    gradients, but they average over steps: clipping keeps one odd batch from dominating these averages.
 
     Often told: clipping cures vanishing gradients, too. It never makes one longer.
     Code: train.py training_step
@@ -572,16 +574,16 @@ def test_muon_gives_every_direction_of_a_gradient_nearly_the_same_size():
     """What does Muon do that Adam does not?
 
     It takes the gradient of a matrix as a whole (its running mean), written U S V^T, and updates by about U
-    V^T: all directions get nearly the same size, also those a hundred times smaller. Its author suspects
-    that this helps rare directions to be learned. Adam looks at each weight by itself: its first update has
-    the same size in every weight, and very different ones along different directions.
+    V^T: all directions get nearly the same size, also those a hundred times smaller. Its authors suspect that
+    this helps to learn rare directions. Adam looks at each weight by itself: its first update has the same
+    size in every weight, and very different ones along different directions.
 
     Code: train.py Muon.step
     Break: train.py Muon.step: `orthogonalize(directions, self.dtype)` becomes `directions.sign()`
     Source: Jordan et al. (2024), "Muon: an optimizer for hidden layers in neural networks"
     问: Muon 优化器和 Adam 有什么不同？
-    答: Muon 把整个矩阵的动量 USVᵀ 近似正交化为 UVᵀ，使所有奇异方向的更新幅度几乎相同，小方向也能学到；Adam 则
-    逐个权重地缩放，不考虑矩阵结构。
+    答: Muon 把整个矩阵的动量 USVᵀ 近似正交化为 UVᵀ，使所有奇异方向的更新幅度几乎相同，梯度微弱的方向也不例
+    外；Adam 则逐个权重地缩放，不考虑矩阵结构。
     """
     left, right = torch.linalg.qr(torch.randn(2, 64, 64)).Q
     gradient = left * torch.logspace(0, -2, 64) @ right  # singular values from 1 down to 0.01
@@ -695,8 +697,8 @@ def test_n_small_steps_of_sgd_are_nearly_one_step_of_n_times_the_rate():
 def test_micro_batches_must_be_weighted_by_their_tokens():
     """Is accumulating gradients the same as a large batch?
 
-    Yes, if losses are summed over tokens and divided by the number of all tokens. The mean of the
-    micro-batches' means gives too much weight to those with few targets: long prompts, padding.
+    Yes, if losses are summed over targets and divided by the number of targets in the whole batch. The mean
+    of the micro-batches' means gives too much weight to those with few targets: long prompts, padding.
 
     Often told: loss / accumulation_steps. Large libraries had it wrong until 2024.
     Code: train.py training_step
@@ -736,9 +738,8 @@ def test_dropout_scales_in_training_and_does_nothing_afterwards():
     """What becomes of dropout when a model is used?
 
     model.eval() switches it off, and that is all. In training, what is kept is divided by 1 - p, so that the
-    mean stays; the paper multiplied by the share kept when testing instead. Here it acts on what a block
-    adds to the stream, and is 0 by default: a large text is read once or a few times, and there is little
-    to over-fit.
+    mean stays; the paper instead multiplied by 1 - p when testing. Here it acts on what a block adds to the
+    stream, and is 0 by default: a large text is read once or a few times, and there is little to over-fit.
 
     Often told: when testing, multiply by the dropout rate.
     Code: model.py Block.forward
@@ -776,7 +777,8 @@ def test_the_embedding_may_share_its_matrix_with_the_head_and_layers_share_nothi
     Code: model.py Transformer.head
     Break: model.py Transformer: `nn.ModuleList(Block(config) for _ in range(config.n_layer))` becomes
     `nn.ModuleList([Block(config)] * config.n_layer)`
-    Source: Press & Wolf (2017, arXiv 1608.05859); Lan et al. (2020, arXiv 1909.11942) for ALBERT
+    Source: Press & Wolf (2017, arXiv 1608.05859); Lan et al. (2020, arXiv 1909.11942) for ALBERT; Dehghani et
+    al. (2019, arXiv 1807.03819) for the Universal Transformer
     问: Transformer 里哪些权重是共享的？
     答: 词嵌入矩阵和输出层可以共用一个矩阵，其梯度是两处用途的梯度之和；各层之间不共享（ALBERT 和 Universal
     Transformer 例外），同一层内所有位置用同一组权重。
@@ -807,9 +809,9 @@ def test_the_embedding_may_share_its_matrix_with_the_head_and_layers_share_nothi
 def test_a_sequence_seen_often_is_memorised():
     """Does repeated data matter?
 
-    A sequence that is shown far more often than the rest is learned by heart: remove duplicates. One that is
-    seen four times is hardly better known than one seen once. To repeat a whole corpus a few times is mild,
-    too: up to 4 epochs are nearly as good as new text. Under --minutes, train.py stops after 8.
+    A sequence that is shown far more often than the rest is learned by heart: remove duplicates. Here, one
+    that is seen four times is hardly better known than one seen once. To repeat a whole corpus a few times is
+    mild, too: up to 4 epochs are nearly as good as new text. Under --minutes, train.py stops after 8.
 
     Code: data/loader.py Blocks.batch
     Break: data/loader.py Blocks.batch: `start = first + T * order[i]` becomes `start = first`
@@ -856,8 +858,8 @@ def test_products_may_have_sixteen_bits_but_such_weights_miss_small_updates():
     Matrix products, which are most of the work, take 16-bit numbers; weights, gradients, sums and the
     optimizer stay in float32. The loss hardly changes. Weights that are themselves kept in bfloat16 have 8
     significant bits: an update of less than half the distance to the next number is rounded away, at a rate
-    of 0.0001 most of them. So the weights are kept in float32 (or rounded at random). train.py works like
-    this where the device multiplies bfloat16 faster.
+    of 0.0001 most of them. So the weights are kept in float32 (or rounded up or down at random). train.py
+    works like this where the device multiplies bfloat16 faster.
 
     Often told: it uses float16 and int8.
     Code: train.py autocast
@@ -916,7 +918,7 @@ def test_bfloat16_has_the_range_of_float32_and_float16_finer_steps():
     Source: Micikevicius et al. (2018, arXiv 1710.03740), sec. 3.2; Kalamkar et al. (2019, arXiv 1905.12322)
     问: bfloat16 和 float16 有什么区别？为什么训练大模型多用 bfloat16？
     答: float16 有 5 位指数，最大 65504，太小的梯度会下溢为 0，需要损失缩放；bfloat16 有 8 位指数，范围与
-    float32 相同，不需要损失缩放，代价是尾数少 3 位，精度低 8 倍。
+    float32 相同，不需要损失缩放，代价是尾数少 3 位，相邻两数的间隔是 float16 的 8 倍。
     """
     with autocast(settings(dtype="bfloat16")):
         product = F.linear(torch.full((1, 1), 300.0), torch.full((1, 1), 300.0))
@@ -955,11 +957,11 @@ def test_bfloat16_has_the_range_of_float32_and_float16_finer_steps():
 def test_what_is_left_above_the_entropy_falls_as_a_power_of_compute():
     """What is a scaling law?
 
-    A formula fitted to small runs that predicts larger ones, often L = E + a C^-b with the compute C. No
-    model gets below the entropy E of the text; what is left falls by the same factor each time the compute
-    doubles, a straight line if both axes are logarithmic. Here four tiny runs predict a fifth, twice as
-    long. But a power law is an observation and holds where it was measured (and here the runs alone grow,
-    in practice the model, too). For language, E is not known, and five points do not tell it: with E = 0 a
+    A formula that is fitted to small runs and predicts larger ones, often L = E + a C^-b with the compute C.
+    No model gets below the entropy E of the text; what is left falls by the same factor each time the compute
+    doubles, a straight line if both axes are logarithmic. Here four tiny runs predict a fifth, twice as long.
+    But a power law is an observation and holds where it was measured (and here only the runs grow; in
+    practice the model does, too). For language, E is not known, and five points do not tell it: with E = 0 a
     line fits them as well, and far away it predicts a loss that no model can have.
 
     Often told: the loss is a power of compute. The straight line has to bend towards E.
