@@ -47,15 +47,16 @@ class Sitting:
 
     title: str
     words: str
-    command: str
+    command: str  # or several lines
     names: tuple[str, ...]  # of the lessons, without "test_"
 
 
 SITTINGS = (
     Sitting(
         "Text",
-        "How a text becomes numbers, and how losses compare if the numbers are others.",
-        "python tokenizer.py train model.py train.py --vocab-size 1024 --out out/tokenizer.json",
+        "How a text becomes numbers, and how losses compare if tokenizers differ.",
+        "python tokenizer.py train model.py train.py --vocab-size 1024 --out out/tokenizer.json\n"
+        'python tokenizer.py show out/tokenizer.json "def read(self, path):"',
         (
             "bpe_merges_the_most_frequent_pair_of_neighbours",
             "merges_stay_within_the_chunks_into_which_a_text_is_cut",
@@ -132,9 +133,10 @@ PREFACE = """\
 Letters: B texts at a time, T tokens in each, C channels of a token's vector (the width of the model), H heads
 of width D, K heads of keys and values, L layers, V tokens in the vocabulary; W a matrix of weights, p a
 probability, lr the learning rate; ln is the natural logarithm, a nat its unit. The stream is the vector of
-each token on its way through the blocks; scores (logits) are what the softmax makes probabilities of.
+each token on its way through the blocks; the softmax turns scores (logits) into probabilities. The code of
+a page uses helpers from book.py and from the top of its own file.
 
-"Often told" is an answer that goes round, and is wrong or half of the truth."""
+"Often told" is a common answer that is wrong or half of the truth."""
 
 # --- reading the lessons ---
 
@@ -218,6 +220,7 @@ def all_lessons():
 def claim(name):
     """The name of a lesson as a sentence."""
     text = name.removeprefix("test_").replace("_", " ")
+    text = re.sub(r"\bsqrt (\w)\b", r"sqrt(\1)", text)
     for word in WORDS.split():
         text = re.sub(rf"\b{word.lower().replace('-', ' ')}\b", word, text)
     return f"{text[0].upper()}{text[1:]}."
@@ -274,9 +277,10 @@ def write(printed):
         join(
             f"""{len(known)} questions about how language models work and why. Each has a test, which prints
             the numbers shown here and fails if the sentence in bold is false; what is said beyond that rests
-            on the source that is named. {n_broken} are about a line of this project and fail when it is
-            broken: predict, break, run, and mend it with `git checkout FILE`. The command
-            `python tests/lessons/mutants.py` breaks them all, one by one, in copies. [中文](README.zh.md)"""
+            on the source that is named. {n_broken} are about a line of this project: predict, break it, see
+            the lesson fail, and mend it with `git checkout FILE`. `python tests/lessons/mutants.py` breaks
+            them all, one by one, in copies. All of it needs `pip install -e '.[test]'`.
+            [中文](README.zh.md)"""
         ),
         PREFACE,
         "## Five sittings",
