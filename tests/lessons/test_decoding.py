@@ -267,7 +267,7 @@ def test_drawing_is_a_race_and_adding_gumbel_noise_is_the_same_race(reader_of_th
     of_second = pairs.sum(0) - pairs.diagonal()
     by_race, by_noise, seconds = (torch.bincount(ids, minlength=len(p)) / n for ids in (drawn, *order.T))
     columns = (p, by_race, by_noise, of_second, seconds)
-    rows = [(CHARACTERS[i], *(column[i] for column in columns)) for i in p.topk(3).indices]
+    rows = [(repr(CHARACTERS[i]), *(column[i] for column in columns)) for i in p.topk(3).indices]
     heads = "token | p | share of 20,000 draws | by Gumbel noise | p of coming second | share of seconds"
     table(heads, *rows)
     assert (drawn == order[:, 0]).float().mean() > 0.999
