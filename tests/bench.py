@@ -1437,7 +1437,7 @@ WAYS = {  # (what makes a model ready for it, its learning rate / that of all we
     "LoRA": (with_lora, 3),
     "LoRA on 4 bits": (with_lora_on_4_bits, 3),
     "adapters": (with_adapters, 3),
-    "prefix": (with_prefix, 50),
+    "prefix": (with_prefix, 30),
     "prompt": (with_prompt, 100),
 }
 
