@@ -114,7 +114,7 @@ def test_the_first_hour_is_about_500_lines():
 # than most of them.
 RUNNER = """
 import os, runpy, shlex, sys
-import finetune, train
+import finetune, train, torch._inductor.config
 for line in sys.stdin:
     print("$ python", line, end="", flush=True)
     if not (process := os.fork()):

@@ -56,11 +56,11 @@ def pytest_runtest_call(item):
             result = yield
     finally:
         print(printed.getvalue())
-    item.user_properties.append(("page", (printed.getvalue(), list(book.pictures))))
     if not with_page:
         shown = index.without_numbers(printed_in_the_book().get(item.name, ""))
         assert index.without_numbers(printed.getvalue()) == shown, "run python tests/lessons/index.py"
     else:
+        item.user_properties.append(("page", (printed.getvalue(), list(book.pictures))))  # for index.py
         print(f"  = {index.claim(item.name)}")
         print(textwrap.indent(textwrap.fill(lesson.answer, 100), "    "))
         if "Often told" in lesson.fields:
