@@ -22,6 +22,10 @@ def test_the_book_is_what_the_lessons_say():
     assert (index.HERE / "README.zh.md").read_text(encoding="utf-8") == index.write_chinese(), MEND
 
 
+def test_the_book_is_short_enough_to_be_shown_whole():
+    assert BOOK.stat().st_size < 500 * 1024, "GitHub cuts a README there"
+
+
 def test_every_file_of_lessons_is_a_topic():
     assert {f"test_{topic}.py" for topic in index.TOPICS} == {p.name for p in index.HERE.glob("test_*.py")}
 

@@ -303,9 +303,10 @@ def write(printed):
 
 WHAT_IT_IS = """
 五个 Python 脚本，从原始文本到会对话的语言模型，每个阶段一个文件，都能从头读到尾：手写的字节级 BPE 分词器
-（tokenizer.py）、Llama 结构的 Transformer（model.py）、在一块 GPU 或笔记本 CPU 上预训练（train.py）、生成与对
-话（sample.py）、微调（finetune.py）。代码写给学习者看，但不是玩具：词表的训练比 Hugging Face 的 Rust 实现更
-快；训练随时可以中断，续跑的结果与不中断时逐位相同；保存的文件夹可以直接用 transformers 打开。
+（tokenizer.py）、Llama 结构的 Transformer（model.py）、预训练（train.py，笔记本的 CPU 就够；GPU 的路径已经写
+好，但还没有实测过）、生成与对话（sample.py）、微调（finetune.py）。代码写给学习者看，但不是玩具：词表的训练比
+Hugging Face 的 Rust 实现更快；训练随时可以中断，在同一台机器上续跑，结果与不中断时逐位相同；保存的文件夹可以直接用
+transformers 打开。
 [English](../../README.md)
 """
 COMMANDS = """\
@@ -321,7 +322,8 @@ WHAT_THEY_DO = """
 """
 HOW_TO_READ = """
 每个问题都是一个可以运行的测试：它打印出数字作为证据，结论不成立时测试就会失败。“实验”链接到完整的英文页面，那
-里有表格、代码和练习：先预测，再改坏一行代码，然后运行。
+里有表格、代码和练习：先预测，再改坏一行代码，然后运行（需要先 `pip install -e '.[test]'`）。五个小时的学习路线
+见[英文版开头](README.md#five-sittings)。
 """
 
 
@@ -331,7 +333,7 @@ def write_chinese():
         "# 一个读得懂的 GPT",
         join(WHAT_IT_IS),
         "## 四条命令",
-        "克隆本仓库，在它的文件夹里运行（Python 3.10 或更新，不需要 GPU）：",
+        "在本仓库的克隆里运行（Python 3.10 或更新，不需要 GPU；先装 CPU 版 PyTorch 可以少下载几 GB）：",
         COMMANDS,
         join(WHAT_THEY_DO),
         f"## {len(all_lessons())} 个问题",
