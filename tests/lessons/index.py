@@ -305,8 +305,8 @@ WHAT_IT_IS = """
 五个 Python 脚本，从原始文本到会对话的语言模型，每个阶段一个文件，都能从头读到尾：手写的字节级 BPE 分词器
 （tokenizer.py）、Llama 结构的 Transformer（model.py）、预训练（train.py，笔记本的 CPU 就够；GPU 的路径已经写
 好，但还没有实测过）、生成与对话（sample.py）、微调（finetune.py）。代码写给学习者看，但不是玩具：词表的训练比
-Hugging Face 的 Rust 实现更快；训练随时可以中断，在同一台机器上续跑，结果与不中断时逐位相同；保存的文件夹可以直接用
-transformers 打开。
+Hugging Face 的 Rust 实现更快；训练随时可以中断，在同一台机器上续跑，结果与不中断时逐位相同；保存的文件夹
+可以直接用 transformers 打开。
 [English](../../README.md)
 """
 COMMANDS = """\
@@ -322,8 +322,8 @@ WHAT_THEY_DO = """
 """
 HOW_TO_READ = """
 每个问题都是一个可以运行的测试：它打印出数字作为证据，结论不成立时测试就会失败。“实验”链接到完整的英文页面，那
-里有表格、代码和练习：先预测，再改坏一行代码，然后运行（需要先 `pip install -e '.[test]'`）。五个小时的学习路线
-见[英文版开头](README.md#five-sittings)。
+里有表格、代码和练习：先预测，再改坏一行代码，然后运行（需要先 `pip install -e '.[test]'`）。五个小时的学习路
+线见[英文版开头](README.md#five-sittings)。
 """
 
 
