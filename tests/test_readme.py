@@ -144,7 +144,6 @@ SMALLER = {  # what stands for something else or takes long -> what is run inste
 ELSEWHERE = {  # needs a server, several processes or one to kill -> the test that has them
     "python data/prepare.py shakespeare": "test_a_download_is_verified_before_it_gets_its_name",
     "torchrun --nproc-per-node 8 train.py": "test_two_processes_learn_what_one_learns_and_one_can_go_on",
-    "torchrun --nproc-per-node 8 sample.py": "test_two_processes_share_the_prompts",
     "python tests/lessons/index.py": "test_the_book_is_what_the_lessons_say",
     "python tests/lessons/mutants.py": "test_lessons_fail_when_what_they_teach_is_broken",
     "python tests/bench.py speedrun": "test_two_versions_run_in_turn_and_are_compared_seed_by_seed",
