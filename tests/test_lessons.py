@@ -97,6 +97,10 @@ def test_a_lesson_alone_is_printed_as_its_page_of_the_book():
     assert f"= {index.claim(lesson.name)}" in after and lesson.answer[:40] in after
 
 
+def test_what_looks_like_html_stays_text():
+    assert index.as_markdown("<unk> a < b <|im_end|> x <- y") == r"\<unk> a < b <|im_end|> x <- y"
+
+
 # --- broken on purpose ---
 
 SAMPLE = (  # one for each file that lessons break

@@ -233,6 +233,11 @@ def link(file, name):
     return f"[{file} {name}](../../{file})"
 
 
+def as_markdown(text):
+    """Text that holds something like <unk>, which would be read as HTML."""
+    return re.sub(r"<(?=[a-zA-Z/!])", r"\\<", text)
+
+
 def exercise(lesson):
     """The line of a page that sends the reader to the code."""
     if lesson.change is None:
@@ -249,14 +254,14 @@ def page(lesson, printed):
     title, _ = TOPICS[lesson.topic]
     parts = [
         f'<a id="{lesson.name}"></a>',
-        f"### {title} {lesson.number}. {lesson.question}",
+        f"### {title} {lesson.number}. {as_markdown(lesson.question)}",
         f"```text\n{textwrap.dedent(printed).strip()}\n```",
-        f"**{claim(lesson.name)}** {lesson.answer}",
+        f"**{claim(lesson.name)}** {as_markdown(lesson.answer)}",
     ]
     if (PICTURES / f"{lesson.name}.svg").exists():
         parts.insert(3, f"![{claim(lesson.name)}](pictures/{lesson.name}.svg)")
     if "Often told" in lesson.fields:
-        parts.append(f"*Often told:* {lesson.fields['Often told']}")
+        parts.append(f"*Often told:* {as_markdown(lesson.fields['Often told'])}")
     parts += [
         f"<details><summary>The code</summary>\n\n```python\n{lesson.body}\n```\n\n</details>",
         exercise(lesson),
@@ -342,7 +347,7 @@ def write_chinese():
     for topic, (_, chinese) in TOPICS.items():
         lines = []
         for lesson in lessons(topic):
-            question, answer = lesson.fields["问"], lesson.fields["答"]
+            question, answer = as_markdown(lesson.fields["问"]), as_markdown(lesson.fields["答"])
             lines.append(f"- **问：{question}** 答：{answer}[实验](README.md#{lesson.name})")
         parts += [f"### {chinese}", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
