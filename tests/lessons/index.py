@@ -365,7 +365,7 @@ def read_printed():
 
 def without_numbers(printed):
     """What must be the same on every machine: all but numbers, and texts in quotes, which models write."""
-    text = re.sub(r"'[^'\n]*'|\"[^\"\n]*\"", "''", printed)
+    text = re.sub(r"(?<!\w)('[^'\n]*'|\"[^\"\n]*\")(?!\w)", "''", printed)  # not from Adam's to Muon's
     text = re.sub(r"[-+]?(\d[\d,]*(\.\d+)?(e[-+]?\d+)?|inf|nan)\b", "0", text)
     return re.sub(r"\b0( 0)+\b", "0", " ".join(text.split()))
 
